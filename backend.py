@@ -1,0 +1,97 @@
+"""The one place that knows DDP, mixed precision, gradient accumulation and how an optimizer step is taken."""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
+
+
+class Backend:
+    """One module and its optimizer. A training step is
+
+        with backend.autocast():
+            loss = ... backend.module(...)
+        backend.backward(loss)
+        backend.step()                  # does nothing until accum_iter micro-batches are in
+
+    Frozen means that step() is not called. Losses are divided by accum_iter here and nowhere else.
+    A step whose gradient is not finite leaves the weights as they were, without asking the device: `skipped` counts
+    them, `skipped_in_a_row` says whether training still moves, `grad_norm` is the last finite one before clipping (0-d
+    tensors on the device).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        amp: str = "none",
+        accum_iter: int = 1,
+        clip_grad: float | None = None,
+    ):
+        self.raw = module.to(device)
+        self.optimizer = optimizer
+        self.device = device
+        self.dtype = AMP_DTYPES[amp]
+        self.accum_iter = accum_iter
+        self.clip_grad = clip_grad if clip_grad else float("inf")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.module = self.raw
+        if torch.distributed.is_initialized():
+            self.module = DistributedDataParallel(self.raw, device_ids=[device] if device.type == "cuda" else None)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.micro_batches = 0
+        self.grad_norm = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+        self.skipped_in_a_row = torch.zeros((), device=device)
+
+    @contextlib.contextmanager
+    def autocast(self):
+        """Mixed precision for the forward pass; between steps DDP keeps gradients to itself."""
+        if self.module is not self.raw:
+            self.module.require_backward_grad_sync = (self.micro_batches + 1) % self.accum_iter == 0
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss / self.accum_iter).backward()
+        self.micro_batches += 1
+
+    def step(self) -> bool:
+        """Whether this micro-batch completed an optimizer step."""
+        if self.micro_batches % self.accum_iter:
+            return False
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+        finite = torch.isfinite(grad_norm)
+        self.grad_norm = torch.where(finite, grad_norm, self.grad_norm)
+        bad = (~finite).float()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = bad  # the fused kernels look at it on the device
+            self.optimizer.step()
+        elif not bad:  # other optimizers have to ask
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped += bad
+        self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
+        return True
+
+    def set_schedule(self, lr: float, weight_decay: float | None = None) -> None:
+        """lr times each group's lr_scale; weight_decay for the groups that decay at all."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+            if weight_decay is not None and group["weight_decay"] > 0:
+                group["weight_decay"] = weight_decay
+
+    def state_dict(self) -> dict:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])

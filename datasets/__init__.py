@@ -1,0 +1,1 @@
+"""Video lists, decoding, clip augmentation, loaders, and the embedded moving-shapes data set."""

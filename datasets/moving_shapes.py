@@ -1,0 +1,225 @@
+"""The embedded data set: textured shapes that move over a still textured background; the label is the kind of motion.
+
+    python -m datasets.moving_shapes --output DIR
+
+writes H.264 clips, `train.csv` and `val.csv` (`path label`), `classes.txt`, and for every clip the true motion mask.
+The label can be read from motion alone. Everything one frame shows (background, outlines, textures, sizes, positions,
+orientations) is drawn without looking at the label, and the frame is a torus, so that under every kind of motion a shape's
+position and orientation are uniform at every instant: any single frame has the same distribution for all kinds.
+"""
+
+import argparse
+import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+KINDS = (
+    "translate_right", "translate_left", "translate_up", "translate_down",
+    "orbit_clockwise", "orbit_counterclockwise",
+    "spin_clockwise", "spin_counterclockwise",
+    "shake_horizontally", "shake_vertically",
+)  # fmt: skip
+OUTLINES = ("disc", "square", "triangle", "star", "ring")
+FPS = 16
+VERSION = 1  # raise it when the same settings start to give other clips
+
+
+
+
+# ------------------------------------------------------------------------------------------------------------- appearance
+
+
+def draw_texture(rng, size, mean):
+    """A band-limited colour texture: dict(mean [3], wave [K, 2] in radians a pixel, phase [K], colour [K, 3]).
+
+    Wavelengths are 1/13 to 1/7 of the frame side, so that no patch of 1/8 of the side is flat: the normalised target
+    of a flat patch is amplified noise.
+    """
+    count = 5
+    length = rng.uniform(size / 13, size / 7, count)
+    # spread the directions, else all waves may run the same way and leave flat stripes
+    angle = rng.uniform(0, math.pi) + math.pi * (np.arange(count) + rng.uniform(0, 0.7, count)) / count
+    colour = rng.normal(size=(count, 3))
+    colour *= 0.2 / np.linalg.norm(colour, axis=1, keepdims=True)
+    wave = 2 * math.pi / length[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return dict(mean=mean, wave=wave, phase=rng.uniform(0, 2 * math.pi, count), colour=colour)
+
+
+def paint(texture, x, y):
+    """Colours float [..., 3] of a texture at the points x, y (float [...], pixels)."""
+    wave = texture["wave"]
+    angle = x[..., None] * wave[:, 0] + y[..., None] * wave[:, 1] + texture["phase"]
+    return texture["mean"] + np.sin(angle) @ texture["colour"]
+
+
+def signed_distance(outline, x, y, radius):
+    """Pixels from the outline, positive inside, for points x, y (float [...]) in the shape's own frame."""
+    r = np.hypot(x, y)
+    if outline == "disc":
+        return radius - r
+    if outline == "ring":
+        return np.minimum(radius - r, r - 0.45 * radius)
+    if outline == "square":
+        return 0.85 * radius - np.maximum(np.abs(x), np.abs(y))
+    if outline == "triangle":
+        corner = 1.2 * radius
+        normals = [(math.cos(a), math.sin(a)) for a in (math.pi / 3, math.pi, 5 * math.pi / 3)]
+        return corner / 2 - np.max([x * nx + y * ny for nx, ny in normals], axis=0)
+    if outline == "star":  # fold the plane into one tenth of the star: there its edge is one straight line
+        sector = 2 * math.pi / 5
+        angle = np.abs((np.arctan2(y, x) + sector / 2) % sector - sector / 2)
+        tip, notch = 1.2 * radius, 0.6 * radius
+        notch_x, notch_y = notch * math.cos(sector / 2), notch * math.sin(sector / 2)
+        edge_x, edge_y = notch_x - tip, notch_y
+        return (edge_x * (r * np.sin(angle)) - edge_y * (r * np.cos(angle) - tip)) / -math.hypot(edge_x, edge_y)
+    raise ValueError(f"unknown outline {outline!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- motion
+
+
+def draw_shape(rng, size, background_mean):
+    """One shape: its look, start, speed and swing, drawn without the kind of motion."""
+    while True:  # a mean colour that a person can tell from the background's
+        mean = rng.uniform(0.25, 0.75, 3)
+        if np.linalg.norm(mean - background_mean) > 0.3:
+            break
+    return dict(
+        outline=OUTLINES[rng.integers(len(OUTLINES))],
+        texture=draw_texture(rng, size, mean),
+        radius=rng.uniform(0.125, 0.2) * size,
+        speed=rng.uniform(1.5, 3.0) * size / 64,  # pixels a frame: root mean square over time, at the rim for a spin
+        swing=rng.uniform(6.0, 12.0) * size / 64,  # radius of an orbit, amplitude of a shake
+        centre=rng.uniform(0, size, 2),
+        phase=rng.uniform(0, 2 * math.pi),
+        turn=rng.uniform(0, 2 * math.pi),
+    )
+
+
+def path_of(shape, kind, frames):
+    """Where a shape is: x, y (pixels, y down) and turn (radians, clockwise on the screen), float [frames] each."""
+    time = np.arange(frames)
+    speed, swing, phase = shape["speed"], shape["swing"], shape["phase"]
+    x, y = (np.full(frames, c) for c in shape["centre"])
+    turn = np.full(frames, shape["turn"])
+    motion, _, direction = kind.partition("_")
+    sign = -1 if direction in ("left", "up", "counterclockwise") else 1
+    if motion == "translate":
+        along = sign * speed * time
+        x, y = (x + along, y) if direction in ("left", "right") else (x, y + along)
+    elif motion == "orbit":
+        angle = phase + sign * speed / swing * time
+        x, y = x + swing * np.cos(angle), y + swing * np.sin(angle)
+    elif motion == "spin":
+        turn = turn + sign * speed / shape["radius"] * time
+    elif motion == "shake":
+        along = swing * np.sin(phase + math.sqrt(2) * speed / swing * time)
+        x, y = (x + along, y) if direction == "horizontally" else (x, y + along)
+    else:
+        raise ValueError(f"unknown kind of motion {kind!r}")
+    return x, y, turn
+
+
+def render_clip(kind, rng, size=64, frames=32):
+    """Draws one clip.
+
+    Args: kind, one of KINDS; rng, a numpy Generator (the draws do not depend on kind); size in pixels; frames.
+    Returns: clip uint8 [frames, size, size, 3] and mask bool [frames, size, size], True where a moving shape covers the pixel.
+    """
+    mean = rng.uniform(0.3, 0.7, 3)
+    texture = draw_texture(rng, size, mean)
+    shapes = [draw_shape(rng, size, mean) for _ in range(rng.integers(1, 3))]
+    grid_y, grid_x = np.mgrid[:size, :size] + 0.5
+    clip = np.repeat(paint(texture, grid_x, grid_y)[None], frames, axis=0)  # [F, S, S, 3]
+    mask = np.zeros((frames, size, size), bool)
+    for shape in shapes:
+        x, y, turn = (a[:, None, None] for a in path_of(shape, kind, frames))
+        dx = (grid_x - x + size / 2) % size - size / 2  # [F, S, S], the nearest copy on the torus
+        dy = (grid_y - y + size / 2) % size - size / 2
+        own_x, own_y = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
+        cover = np.clip(0.5 + signed_distance(shape["outline"], own_x, own_y, shape["radius"]), 0, 1)
+        near = cover > 0  # about a tenth of the pixels: paint only these
+        alpha = cover[near][:, None]
+        clip[near] = (1 - alpha) * clip[near] + alpha * paint(shape["texture"], own_x[near], own_y[near])
+        mask |= cover > 0.5
+    return np.round(np.clip(clip, 0, 1) * 255).astype(np.uint8), mask
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_video(path, clip):
+    """Encodes uint8 [T, H, W, 3] as H.264 (yuv420p, crf 12, 16 frames a second)."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "12", "preset": "veryfast", "threads": "1"})
+        stream.height, stream.width, stream.pix_fmt = clip.shape[1], clip.shape[2], "yuv420p"
+        for image in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_clip(output, split, index, size, frames, seed):
+    """Writes clip number `index` of a split and its mask; returns its line of the list."""
+    label = index % len(KINDS)
+    name = f"{split}_{index:05d}"
+    rng = np.random.default_rng([seed, ("train", "val").index(split), index])
+    clip, mask = render_clip(KINDS[label], rng, size, frames)
+    write_video(output / "videos" / f"{name}.mp4", clip)
+    np.savez_compressed(output / "masks" / f"{name}.npz", mask=mask)
+    return f"videos/{name}.mp4 {label}\n"
+
+
+def write_dataset(output, train=320, val=80, size=64, frames=32, seed=0, workers=None):
+    """Writes the data set; the same settings give the same clips on any number of workers.
+
+    Args: output folder; numbers of training and validation clips; frame side in pixels (even); frames a clip; seed;
+    workers, threads that draw and encode (default: one a core).
+    Returns: the output folder as a Path. A finished data set with the same settings is left as it is.
+    Raises: ValueError when the folder holds something else, or the settings make no sense.
+    """
+    output = Path(output)
+    settings = dict(version=VERSION, train=train, val=val, size=size, frames=frames, seed=seed, kinds=list(KINDS))
+    if size < 16 or size % 2 or frames < 2 or min(train, val) < len(KINDS):
+        raise ValueError(f"need an even size >= 16, frames >= 2, and at least {len(KINDS)} clips a split (one a kind)")
+    done = output / "settings.json"
+    if done.exists():
+        if json.loads(done.read_text()) != settings:
+            raise ValueError(f"{output} holds moving shapes with other settings ({done}): choose another folder or delete it")
+        print(f"moving shapes: {output} is complete, nothing to do")
+        return output
+    if (output / "train.csv").exists():
+        raise ValueError(f"{output} holds a train.csv but no finished moving shapes: choose another folder or delete it")
+    for folder in ("videos", "masks"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for split, count in (("val", val), ("train", train)):
+            lines = pool.map(lambda i, split=split: write_clip(output, split, i, size, frames, seed), range(count))
+            (output / f"{split}.csv").write_text("".join(lines))
+    (output / "classes.txt").write_text("\n".join(KINDS) + "\n")
+    partial = output / f"settings.json.{os.getpid()}"
+    partial.write_text(json.dumps(settings, indent=1) + "\n")
+    os.replace(partial, done)  # last and at once: its presence means the data set is complete
+    print(f"moving shapes: wrote {train} + {val} clips of {frames} frames, {size} x {size}, to {output}")
+    return output
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--train", type=int, default=320, help="training clips")
+    parser.add_argument("--val", type=int, default=80, help="validation clips")
+    parser.add_argument("--size", type=int, default=64, help="frame side in pixels")
+    parser.add_argument("--frames", type=int, default=32, help="frames a clip")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=None, help="threads (default: one a core)")
+    write_dataset(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

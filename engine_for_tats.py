@@ -1,0 +1,96 @@
+"""One epoch of joint training: the MAE by reconstruction, TATS by PPO on its errors (paper section 3.3, Algorithm 1)."""
+
+from dataclasses import dataclass
+
+import torch
+
+import ppo
+from backend import Backend
+from engine_for_pretraining import EpochRunner, Recipe, masked_error, sampler_metrics, to_device
+from masking_generator import motion_energy, motion_lift
+
+
+@dataclass
+class PPOSettings:
+    """Defaults of the paper's table 4; clip and epochs are not stated there."""
+
+    rollout_steps: int = 1  # k, optimizer steps of the MAE between two phases 2
+    epochs: int = 1  # passes over the recorded episodes in phase 2
+    clip: float = 0.2
+    policy_coef: float = 1e-4
+    value_coef: float = 1e-4
+    entropy_coef: float = 1e-4
+    normalize_advantage: bool = False
+
+
+def train_one_epoch(
+    mae: Backend, tats: Backend, loader, recipe: Recipe, settings: PPOSettings, epoch: int
+) -> dict[str, float]:
+    """Alternates phase 1 (MAE step on TATS's masks, episodes recorded) and phase 2 (TATS steps); returns epoch means.
+
+    With k = 1 and one pass the policy of phase 2 is the recorded one, so the forward pass of phase 1 keeps its graph
+    and serves both: the same gradient for one forward pass less. Phase 2 never runs the MAE.
+    """
+    mae.raw.train()
+    tats.raw.train()
+    runner = EpochRunner(recipe, mae, epoch, loader.batch_size)
+    one_pass = settings.rollout_steps == 1 and settings.epochs == 1
+    buffer: list[ppo.Episode] = []
+    for index, step, batch in runner.batches(loader):
+        lr = recipe.apply_schedule(mae, step)
+        pixels, video, seed = to_device(batch, recipe)
+        with torch.no_grad(), mae.autocast():
+            tokens = mae.raw.encoder.patch_embed(video)
+        with torch.set_grad_enabled(one_pass), tats.autocast():
+            mask = (tats.module if one_pass else tats.raw)(video, seed, tokens)
+        with mae.autocast():
+            prediction = mae.module(video, mask)
+        error = masked_error(prediction, pixels, mask, recipe)
+        loss = error.mean()
+        mae.backward(loss)
+        stepped = mae.step()
+
+        old_log_prob = mask.log_prob.detach().gather(1, mask.masked)
+        episode = ppo.Episode(tokens, mask.masked, old_log_prob, error.detach(), mask.value.detach())
+        runner.metrics.update(
+            loss=loss,
+            motion_lift=motion_lift(motion_energy(video, recipe.grid), mask.visible),
+            value=mask.value.mean(),
+            grad_norm=mae.grad_norm,
+            **sampler_metrics(mask, error),
+        )
+        if one_pass:
+            _update(tats, mask.log_prob, mask.value, episode, settings, runner)
+        else:
+            buffer.append(episode)
+            full = len(buffer) == settings.rollout_steps * mae.accum_iter
+            if stepped and (full or index + 1 == runner.steps):
+                _phase_two(tats, buffer, settings, runner)
+                buffer = []
+        runner.log_step(index, step, lr)
+    return runner.finish()
+
+
+def _phase_two(tats: Backend, buffer: list[ppo.Episode], settings: PPOSettings, runner: EpochRunner) -> None:
+    """settings.epochs passes over the recorded micro-batches with the current policy."""
+    for _ in range(settings.epochs):
+        for episode in buffer:
+            with tats.autocast():
+                mask = tats.module(None, None, episode.tokens)
+            _update(tats, mask.log_prob, mask.value, episode, settings, runner)
+
+
+def _update(tats: Backend, log_prob, value, episode: ppo.Episode, settings: PPOSettings, runner: EpochRunner) -> None:
+    loss, diagnostics = ppo.sampling_loss(
+        log_prob,
+        value,
+        episode,
+        clip=settings.clip,
+        policy_coef=settings.policy_coef,
+        value_coef=settings.value_coef,
+        entropy_coef=settings.entropy_coef,
+        normalize_advantage=settings.normalize_advantage,
+    )
+    tats.backward(loss)
+    tats.step()
+    runner.metrics.update(**diagnostics, sampler_grad_norm=tats.grad_norm)

@@ -1,0 +1,174 @@
+"""Which space-time tokens the encoder sees: the Mask, the sampler interface and the samplers without parameters.
+
+Shapes: B clips, t token frames, S = h*w tokens a frame, N = t*S tokens in (time, row, column) order, N_v visible, N_m masked.
+"masked" means hidden from the encoder, everywhere.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Mask(NamedTuple):
+    """Index sets of one batch; together they are every token of a clip exactly once, each in ascending order."""
+
+    visible: Tensor  # int64 [B, N_v]
+    masked: Tensor  # int64 [B, N_m]
+    log_prob: Tensor | None = None  # float32 [B, N], log p of the categorical over all tokens; learned samplers only
+    value: Tensor | None = None  # float32 [B], the critic's estimate; TATS only
+
+    @classmethod
+    def from_bool(cls, hidden: Tensor) -> "Mask":
+        """VideoMAE's bool_masked_pos [B, N] (True = hidden), the same number of hidden tokens in every row."""
+        num_hidden = hidden.flatten(1).sum(dim=1)
+        if (num_hidden != num_hidden[0]).any():
+            raise ValueError(f"every clip must hide the same number of tokens, got {num_hidden.tolist()}")
+        order = hidden.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
+        num_visible = order.shape[1] - int(num_hidden[0])
+        return cls(order[:, :num_visible], order[:, num_visible:])
+
+    def hidden(self) -> Tensor:
+        """bool [B, N], True = hidden from the encoder."""
+        num_tokens = self.visible.shape[1] + self.masked.shape[1]
+        hidden = torch.ones(self.visible.shape[0], num_tokens, dtype=torch.bool, device=self.visible.device)
+        return hidden.scatter(1, self.visible, False)
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens [B, N, D], index int64 [B, K] -> [B, K, D]."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def uniform_noise(seed: Tensor, size: int) -> Tensor:
+    """float64 [B, size] in (0, 1): row b is a function of the int64 seed[b] alone (splitmix64 of seed and position).
+
+    A stateless hash instead of a generator: a clip gets the same mask on every device, in every split of the global
+    batch over processes and accumulation steps, and after a resume.
+    """
+    z = (seed.unsqueeze(1) * size + torch.arange(size, device=seed.device)) * -0x61C8864680B583EB
+    for shift, multiplier in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        z = (z ^ _shift_right(z, shift)) * multiplier
+    z = z ^ _shift_right(z, 31)
+    return (_shift_right(z, 12) + 0.5) * 2.0**-52
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Logical (zero-filling) shift; torch's >> on int64 is arithmetic."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def gumbel_noise(seed: Tensor, size: int) -> Tensor:
+    """float32 [B, size], standard Gumbel; top-k of log p + Gumbel is k draws without replacement from p."""
+    return -torch.log(-torch.log(uniform_noise(seed, size))).float()
+
+
+def split_by_score(scores: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
+    """scores [B, N] -> indices of the num_visible highest scores and of the rest, each ascending."""
+    order = scores.argsort(dim=1, descending=True)
+    return order[:, :num_visible].sort(dim=1).values, order[:, num_visible:].sort(dim=1).values
+
+
+def count_visible(num_tokens: int, mask_ratio: float) -> int:
+    """int(num_tokens * (1 - mask_ratio)) as in exact arithmetic (100 tokens at 0.9: 10, where floats say 9.99...).
+
+    Raises ValueError where that leaves no visible or no masked token.
+    """
+    num_visible = int(num_tokens * (1 - mask_ratio) + 1e-6)
+    if not 0 < mask_ratio < 1 or not 0 < num_visible < num_tokens:
+        raise ValueError(
+            f"--mask_ratio {mask_ratio} leaves {num_visible if 0 < mask_ratio < 1 else 'no'} of {num_tokens} tokens "
+            "visible; it must lie between 0 and 1 and leave at least one token visible and one masked"
+        )
+    return num_visible
+
+
+class MaskSampler(nn.Module):
+    """Draws one Mask a batch. grid = (t, h, w) token frames, rows, columns.
+
+    forward(video float [B, 3, T, H, W], seed int64 [B], tokens [B, N, D] or None) -> Mask. All randomness of a clip's
+    mask comes from its seed. Samplers with needs_tokens get the embedded tokens without positions.
+    """
+
+    needs_tokens = False
+
+    def __init__(self, grid: tuple[int, int, int], mask_ratio: float):
+        super().__init__()
+        self.grid = grid
+        self.num_tokens = grid[0] * grid[1] * grid[2]
+        self.num_visible = count_visible(self.num_tokens, mask_ratio)
+
+    def forward(self, video: Tensor, seed: Tensor, tokens: Tensor | None = None) -> Mask:
+        return Mask(*split_by_score(self.scores(video, seed), self.num_visible))
+
+    def scores(self, video: Tensor, seed: Tensor) -> Tensor:
+        """float [B, N]; the highest num_visible stay visible."""
+        raise TypeError(f"{type(self).__name__} must define scores or forward")
+
+
+class RandomMask(MaskSampler):
+    """Space-time random (ST-MAE, arXiv 2205.09113): every token equally likely."""
+
+    def scores(self, video, seed):
+        return uniform_noise(seed, self.num_tokens)
+
+
+class TubeMask(MaskSampler):
+    """The same random positions in every frame (VideoMAE, arXiv 2203.12602): S - int(ratio * S) visible a frame."""
+
+    def __init__(self, grid, mask_ratio):
+        super().__init__(grid, mask_ratio)
+        tokens_per_frame = grid[1] * grid[2]
+        self.num_visible = grid[0] * (tokens_per_frame - int(mask_ratio * tokens_per_frame + 1e-6))
+        if self.num_visible == self.num_tokens:
+            raise ValueError(
+                f"--mask_ratio {mask_ratio} masks no tube of the {tokens_per_frame} positions of a frame; raise it"
+            )
+
+    def scores(self, video, seed):
+        frames, rows, columns = self.grid
+        # Ranks, not noise: equal scores of two positions could split a tube.
+        position = uniform_noise(seed, rows * columns).argsort(dim=1).argsort(dim=1).float()
+        return position.repeat(1, frames)
+
+
+class FrameMask(MaskSampler):
+    """Whole token frames in random order until N_v tokens are visible; the last of them may be partly visible.
+
+    So the number of visible tokens is that of random masking, also where N_v is less than one frame.
+    """
+
+    def scores(self, video, seed):
+        frames, rows, columns = self.grid
+        noise = uniform_noise(seed, frames + self.num_tokens)
+        rank = noise[:, :frames].argsort(dim=1).argsort(dim=1)
+        return rank.repeat_interleave(rows * columns, dim=1) + noise[:, frames:]
+
+
+def motion_energy(video: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Mean squared difference to the previous frame, float32 [B, N]; the first frame takes the second's difference."""
+    difference = (video[:, :, 1:] - video[:, :, :-1]).float().square().mean(dim=1)
+    difference = torch.cat((difference[:, :1], difference), dim=1)  # [B, T, H, W]
+    kernel = tuple(size // cells for size, cells in zip(difference.shape[1:], grid, strict=True))
+    return F.avg_pool3d(difference.unsqueeze(1), kernel).flatten(1)
+
+
+def motion_lift(energy: Tensor, visible: Tensor) -> Tensor:
+    """Mean motion energy of the visible tokens over that of all tokens, 0-d float32; 1.0 = the mask is blind to motion.
+
+    A ratio of batch means, so that clips without motion neither divide by zero nor count.
+    """
+    return energy.gather(1, visible).mean() / energy.mean().clamp_min(1e-12)
+
+
+class MotionMask(MaskSampler):
+    """Training-free baseline: tokens drawn without replacement in proportion to their frame difference.
+
+    A thousandth of the clip's mean energy is added to every token, so that still clips fall back to random masks.
+    """
+
+    def scores(self, video, seed):
+        energy = motion_energy(video, self.grid)
+        floor = 1e-3 * energy.mean(dim=1, keepdim=True) + 1e-12
+        return torch.log(energy + floor) + gumbel_noise(seed, self.num_tokens)

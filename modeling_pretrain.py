@@ -1,0 +1,271 @@
+"""The masked autoencoder: encoder on the visible tokens, decoder on all, and the pixels it has to predict.
+
+Class names, constructor arguments and state-dict names are VideoMAE's.
+Shapes: B clips, N tokens of which N_v visible and N_m masked, D encoder width, P = tubelet * p * p * 3 values a token.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from masking_generator import Mask, gather_tokens
+from modeling_finetune import (
+    LAYER_NORM,
+    SIZES,
+    Block,
+    PatchEmbed,
+    drop_path_rates,
+    get_sinusoid_encoding_table,
+    register,
+    run_blocks,
+)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class PretrainVisionTransformerEncoder(nn.Module):
+    """forward(video, mask, tokens=None) -> [B, N_v, D]; tokens: all N embedded tokens where they are at hand."""
+
+    def __init__(
+        self,
+        img_size=224,
+        patch_size=16,
+        in_chans=3,
+        num_classes=0,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        qk_scale=None,
+        drop_rate=0.0,
+        attn_drop_rate=0.0,
+        drop_path_rate=0.0,
+        norm_layer=nn.LayerNorm,
+        init_values=None,
+        tubelet_size=2,
+        use_checkpoint=False,
+        use_learnable_pos_emb=False,
+        all_frames=16,
+    ):
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.use_checkpoint = use_checkpoint
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, all_frames, tubelet_size)
+        num_patches = self.patch_embed.num_patches
+        if use_learnable_pos_emb:
+            self.pos_embed = nn.Parameter(torch.zeros(1, num_patches, embed_dim))
+            trunc_normal_(self.pos_embed, std=0.02, a=-0.02, b=0.02)
+        else:
+            table = get_sinusoid_encoding_table(num_patches, embed_dim)
+            self.register_buffer("pos_embed", table, persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate, rate, init_values,
+                norm_layer=norm_layer,
+            )
+            for rate in drop_path_rates(drop_path_rate, depth)
+        )  # fmt: skip
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.apply(_init_weights)
+
+    def forward(self, x: Tensor, mask: Mask, tokens: Tensor | None = None) -> Tensor:
+        if tokens is None:
+            x = self.patch_embed(x, mask.visible)  # hidden tokens are not embedded at all
+        else:
+            x = gather_tokens(tokens, mask.visible)
+        x = x + gather_tokens(self.pos_embed.to(x.dtype).expand(len(x), -1, -1), mask.visible)
+        return self.head(self.norm(run_blocks(self.blocks, x, self.use_checkpoint)))
+
+
+class PretrainVisionTransformerDecoder(nn.Module):
+    """forward(x [B, N, D_dec], return_token_num) -> predictions [B, return_token_num, P] of the last tokens."""
+
+    def __init__(
+        self,
+        patch_size=16,
+        num_classes=768,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        qk_scale=None,
+        drop_rate=0.0,
+        attn_drop_rate=0.0,
+        drop_path_rate=0.0,
+        norm_layer=nn.LayerNorm,
+        init_values=None,
+        num_patches=196,
+        tubelet_size=2,
+        use_checkpoint=False,
+    ):
+        super().__init__()
+        self.use_checkpoint = use_checkpoint
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate, rate, init_values,
+                norm_layer=norm_layer,
+            )
+            for rate in drop_path_rates(drop_path_rate, depth)
+        )  # fmt: skip
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.apply(_init_weights)
+
+    def forward(self, x: Tensor, return_token_num: int) -> Tensor:
+        x = run_blocks(self.blocks, x, self.use_checkpoint)
+        return self.head(self.norm(x[:, -return_token_num:]))
+
+
+class PretrainVisionTransformer(nn.Module):
+    """Video masked autoencoder. forward(video float [B, C, T, H, W], mask) -> predictions [B, N_m, P].
+
+    mask: a Mask, or VideoMAE's bool [B, N] with True = hidden. tokens: see the encoder.
+    Predictions are of the masked tokens in ascending order, each ordered (frame, row, column, channel).
+    """
+
+    def __init__(
+        self,
+        img_size=224,
+        patch_size=16,
+        encoder_in_chans=3,
+        encoder_num_classes=0,
+        encoder_embed_dim=768,
+        encoder_depth=12,
+        encoder_num_heads=12,
+        decoder_num_classes=None,  # None: the P values of a token; VideoMAE's code passes 1536 for 2 x 16 x 16 x 3
+        decoder_embed_dim=512,
+        decoder_depth=8,
+        decoder_num_heads=8,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        qk_scale=None,
+        drop_rate=0.0,
+        attn_drop_rate=0.0,
+        drop_path_rate=0.0,
+        norm_layer=nn.LayerNorm,
+        init_values=0.0,
+        use_learnable_pos_emb=False,
+        use_checkpoint=False,
+        tubelet_size=2,
+        num_classes=0,  # VideoMAE's signature has these two for timm's create_model; they have no effect there or here
+        in_chans=0,
+        all_frames=16,
+    ):
+        super().__init__()
+        self.encoder = PretrainVisionTransformerEncoder(
+            img_size, patch_size, encoder_in_chans, encoder_num_classes, encoder_embed_dim, encoder_depth,
+            encoder_num_heads, mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate, drop_path_rate, norm_layer,
+            init_values, tubelet_size, use_checkpoint, use_learnable_pos_emb, all_frames,
+        )  # fmt: skip
+        embed = self.encoder.patch_embed
+        values_per_token = embed.tubelet_size * embed.patch_size[0] * embed.patch_size[1] * encoder_in_chans
+        if decoder_num_classes not in (None, values_per_token):
+            raise ValueError(
+                f"decoder_num_classes is {decoder_num_classes}, but a token of {embed.tubelet_size} x "
+                f"{embed.patch_size[0]} x {embed.patch_size[1]} pixels has {values_per_token} values; leave it out"
+            )
+        self.decoder = PretrainVisionTransformerDecoder(
+            patch_size, values_per_token, decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio, qkv_bias,
+            qk_scale, drop_rate, attn_drop_rate, drop_path_rate, norm_layer, init_values, embed.num_patches,
+            tubelet_size, use_checkpoint,
+        )  # fmt: skip
+        self.encoder_to_decoder = nn.Linear(encoder_embed_dim, decoder_embed_dim, bias=False)
+        nn.init.xavier_uniform_(self.encoder_to_decoder.weight)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        table = get_sinusoid_encoding_table(embed.num_patches, decoder_embed_dim)
+        self.register_buffer("pos_embed", table, persistent=False)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Token frames, rows, columns."""
+        return self.encoder.patch_embed.grid
+
+    def get_num_layers(self) -> int:
+        return len(self.encoder.blocks)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token", "mask_token"}
+
+    def forward(self, x: Tensor, mask: Mask | Tensor, tokens: Tensor | None = None) -> Tensor:
+        if isinstance(mask, Tensor):
+            mask = Mask.from_bool(mask)
+        visible = self.encoder_to_decoder(self.encoder(x, mask, tokens))
+        position = self.pos_embed.to(visible.dtype).expand(len(visible), -1, -1)
+        visible = visible + gather_tokens(position, mask.visible)
+        hidden = self.mask_token.to(visible.dtype) + gather_tokens(position, mask.masked)
+        return self.decoder(torch.cat((visible, hidden), dim=1), mask.masked.shape[1])
+
+
+def patchify(pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """pixels [B, C, T, H, W] -> [B, N, k, C]: the k = tubelet * p * p pixels of a token in (frame, row, column) order."""
+    (t, h, w), (frames, height, width) = grid, pixels.shape[2:]
+    x = pixels.reshape(*pixels.shape[:2], t, frames // t, h, height // h, w, width // w)
+    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(len(x), t * h * w, -1, pixels.shape[1])
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int, int], size: tuple[int, int, int]) -> Tensor:
+    """Inverse of patchify: [B, N, k, C] -> [B, C, T, H, W] for size = (T, H, W)."""
+    (t, h, w), (frames, height, width) = grid, size
+    x = patches.reshape(len(patches), t, h, w, frames // t, height // h, width // w, patches.shape[-1])
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(len(patches), -1, frames, height, width)
+
+
+def normalize_patches(patches: Tensor) -> Tensor:
+    """Each colour channel of each token [..., k, C] to zero mean and unit (unbiased) deviation, as VideoMAE's target."""
+    mean = patches.mean(dim=-2, keepdim=True)
+    return (patches - mean) / (patches.var(dim=-2, unbiased=True, keepdim=True).sqrt() + 1e-6)
+
+
+@torch.no_grad()
+def reconstruction_target(pixels: Tensor, mask: Mask, grid: tuple[int, int, int], normalize: bool) -> Tensor:
+    """pixels float32 [B, C, T, H, W] in [0, 1] -> what the decoder has to predict, float32 [B, N_m, P]."""
+    patches = patchify(pixels, grid)
+    patches = gather_tokens(patches.flatten(2), mask.masked).unflatten(-1, patches.shape[2:])
+    return (normalize_patches(patches) if normalize else patches).flatten(2)
+
+
+def token_error(prediction: Tensor, target: Tensor, loss: str) -> Tensor:
+    """Per-token reconstruction error e_i, float32 [B, N_m]; its mean is L_recon (paper eq. 6). loss: "mse" or "l1"."""
+    function = {"mse": F.mse_loss, "l1": F.l1_loss}[loss]
+    return function(prediction.float(), target, reduction="none").mean(dim=-1)
+
+
+def _pretrain(size: str, decoder_embed_dim: int, decoder_num_heads: int, **kwargs) -> PretrainVisionTransformer:
+    defaults = {f"encoder_{name}": value for name, value in SIZES[size].items()}
+    defaults |= dict(decoder_embed_dim=decoder_embed_dim, decoder_num_heads=decoder_num_heads)
+    return PretrainVisionTransformer(**{"qkv_bias": True, "norm_layer": LAYER_NORM, **defaults, **kwargs})
+
+
+@register
+def pretrain_videomae_tiny_patch8_64(**kwargs):
+    return _pretrain("tiny", 96, 3, **{"img_size": 64, "patch_size": 8, "all_frames": 8, **kwargs})
+
+
+@register
+def pretrain_videomae_small_patch16_224(**kwargs):
+    return _pretrain("small", 192, 3, **kwargs)
+
+
+@register
+def pretrain_videomae_base_patch16_224(**kwargs):
+    return _pretrain("base", 384, 6, **kwargs)
+
+
+@register
+def pretrain_videomae_large_patch16_224(**kwargs):
+    return _pretrain("large", 512, 8, **kwargs)
+
+
+@register
+def pretrain_videomae_huge_patch16_224(**kwargs):
+    return _pretrain("huge", 640, 8, **kwargs)

@@ -1,0 +1,96 @@
+"""TATS: the Trajectory-Aware Adaptive Token Sampler, an actor and a critic on trajectory attention (paper section 3.2)."""
+
+import torch
+from timm.layers import Mlp, trunc_normal_
+from torch import Tensor, nn
+
+from masking_generator import Mask, MaskSampler, gumbel_noise, split_by_score
+from modeling_finetune import LAYER_NORM, Attention, get_sinusoid_encoding_table
+from trajectory_attention import TrajectoryAttention
+
+ATTENTIONS = ("orthoformer", "trajectory", "mha")
+
+
+class TATSBlock(nn.Module):
+    """Pre-norm residual block: attention over the clip, then an MLP of ratio 4. No dropout: a PPO ratio compares the
+    same function of the parameters before and after an update."""
+
+    def __init__(self, dim: int, num_heads: int, attention: str, num_landmarks: int):
+        super().__init__()
+        self.norm1 = LAYER_NORM(dim)
+        if attention == "mha":
+            self.attn = Attention(dim, num_heads, qkv_bias=True)
+        else:
+            approx = "orthoformer" if attention == "orthoformer" else "none"
+            self.attn = TrajectoryAttention(dim, num_heads, True, approx, num_landmarks)
+        self.norm2 = LAYER_NORM(dim)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+        y = self.norm1(x)
+        y = self.attn(y) if isinstance(self.attn, Attention) else self.attn(y, num_frames)
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+class TATS(MaskSampler):
+    """forward(video, seed, tokens [B, N, D]) -> Mask with log_prob and value.
+
+    tokens are cut off from the graph that made them: no gradient reaches the MAE. The fixed position table is added
+    here (paper eq. 3-5). Visible tokens are drawn without replacement from p = softmax(z / temperature) by Gumbel
+    top-k; seed=None takes the most probable ones instead (for pictures).
+    """
+
+    needs_tokens = True
+
+    def __init__(
+        self,
+        grid: tuple[int, int, int],
+        mask_ratio: float,
+        dim: int,
+        num_heads: int,
+        attention: str = "orthoformer",
+        num_blocks: int = 1,
+        num_landmarks: int = 128,
+        temperature: float = 1.0,
+    ):
+        super().__init__(grid, mask_ratio)
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}; got {attention!r}")
+        self.temperature = temperature
+        table = get_sinusoid_encoding_table(self.num_tokens, dim)
+        self.register_buffer("pos_embed", table, persistent=False)
+        self.blocks = nn.ModuleList(TATSBlock(dim, num_heads, attention, num_landmarks) for _ in range(num_blocks))
+        self.norm = LAYER_NORM(dim)
+        self.actor = nn.Linear(dim, 1)
+        self.critic = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
+        self.apply(_init_weights)
+        # p = 1/N at the start. A random head would hide whole regions from the encoder for thousands of steps.
+        nn.init.zeros_(self.actor.weight)
+        nn.init.zeros_(self.actor.bias)
+
+    def forward(self, video: Tensor, seed: Tensor | None, tokens: Tensor | None = None) -> Mask:
+        x = tokens.detach() + self.pos_embed.to(tokens.dtype)
+        value = self.critic(x.mean(dim=1)).squeeze(-1).float()
+        for block in self.blocks:
+            x = block(x, self.grid[0])
+        logits = self.actor(self.norm(x)).squeeze(-1).float()
+        log_prob = torch.log_softmax(logits / self.temperature, dim=-1)
+        return Mask(*draw(log_prob, self.num_visible, seed), log_prob, value)
+
+
+@torch.no_grad()
+def draw(log_prob: Tensor, num_visible: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log_prob float32 [B, N] -> (visible, masked) indices, visible drawn without replacement by Gumbel top-k.
+
+    In float32 on log p it cannot fail where p underflows to 0. seed=None: the most probable tokens.
+    """
+    noise = 0.0 if seed is None else gumbel_noise(seed, log_prob.shape[1])
+    return split_by_score(log_prob.float() + noise, num_visible)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,84 @@
+"""PPO for a token sampler, as pure functions on tensors (paper eq. 7-8; Schulman 2017, arXiv 1707.06347).
+
+An episode is one clip: the action is the set of masked tokens I_m, the reward of masked token i its reconstruction
+error R_i, the baseline one value V a clip. All tensors float32.
+
+Shapes: B clips, N tokens, N_m masked. log_prob [B, N] of the current policy; old_log_prob, reward [B, N_m]; value [B].
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Episode(NamedTuple):
+    """What phase 1 records of one batch; nothing here carries a graph."""
+
+    tokens: Tensor  # [B, N, D] patch embeddings, the agent's input X before its position table
+    masked: Tensor  # int64 [B, N_m]
+    old_log_prob: Tensor  # [B, N_m], log p_i of the masked tokens when they were drawn
+    reward: Tensor  # [B, N_m], reconstruction error e_i
+    value: Tensor  # [B], the critic's estimate when the mask was drawn
+
+
+def advantage(reward: Tensor, value: Tensor, normalize: bool = False) -> Tensor:
+    """A_i = R_i - V [B, N_m], without gradient; normalize: to zero mean and unit deviation over the batch."""
+    advantages = (reward - value.unsqueeze(1)).detach()
+    if normalize:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    return advantages
+
+
+def clipped_objective(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """Eq. 7: mean of min(r A, clip(r, 1 - clip, 1 + clip) A), to be maximised."""
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+
+
+def entropy(log_prob: Tensor) -> Tensor:
+    """H = -sum over tokens of p log p, mean over clips; nats, at most log N."""
+    return -(log_prob.exp() * log_prob).sum(dim=-1).mean()
+
+
+def value_loss(value: Tensor, reward: Tensor) -> Tensor:
+    """Mean over clips of (V - mean over I_m of R_i)^2."""
+    return (value - reward.mean(dim=1)).square().mean()
+
+
+def explained_variance(value: Tensor, reward: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) over the clips' mean rewards: 1 = perfect critic, 0 = as good as a constant, < 0 worse."""
+    returns = reward.mean(dim=1)
+    return 1 - (returns - value).var(unbiased=False) / returns.var(unbiased=False).clamp_min(1e-12)
+
+
+def sampling_loss(
+    log_prob: Tensor,
+    value: Tensor,
+    episode: Episode,
+    *,
+    clip: float = 0.2,
+    policy_coef: float = 1e-4,
+    value_coef: float = 1e-4,
+    entropy_coef: float = 1e-4,
+    normalize_advantage: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 8: L_sampling = -(c_p L_clip - c_v L_value + c_e H) of the current policy on a recorded batch.
+
+    Returns the loss and 0-d diagnostics without gradient. approx_kl is mean((r - 1) - log r) over the masked tokens,
+    nonnegative (Schulman, "Approximating KL Divergence", 2020); clip_fraction the share of ratios outside the clip.
+    """
+    log_ratio = log_prob.gather(1, episode.masked) - episode.old_log_prob
+    ratio = log_ratio.exp()
+    objective = clipped_objective(ratio, advantage(episode.reward, episode.value, normalize_advantage), clip)
+    critic_loss = value_loss(value, episode.reward)
+    bonus = entropy(log_prob)
+    loss = -(policy_coef * objective - value_coef * critic_loss + entropy_coef * bonus)
+    with torch.no_grad():
+        diagnostics = {
+            "policy_loss": -objective,
+            "value_loss": critic_loss,
+            "approx_kl": (ratio - 1 - log_ratio).mean(),
+            "clip_fraction": ((ratio - 1).abs() > clip).float().mean(),
+            "explained_variance": explained_variance(episode.value, episode.reward),
+        }
+    return loss, {name: value.detach() for name, value in diagnostics.items()}

@@ -1,0 +1,72 @@
+# Sourced by the scripts in the folders beside it. Settings come from the environment, further flags of the Python
+# script from the command line; what comes last wins.
+#
+#   DATA_PATH    list file of the videos (required)         OUTPUT_DIR   default output/<name of the script's run>
+#   GPUS         processes on this node; 0 = CPU            NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes
+#                (default: the GPUs nvidia-smi lists)       PYTHON       interpreter (default: .venv's, else python3)
+#   MODEL  MASK_RATIO  BATCH_SIZE (a process)  ACCUM_ITER  EPOCHS  WARMUP_EPOCHS  LR  NUM_WORKERS  SAVE_FREQ  SEED
+#   DRY_RUN=1    print the command instead of running it
+set -euo pipefail
+
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$REPOSITORY/.venv/bin/python" ] && PYTHON=$REPOSITORY/.venv/bin/python
+fi
+
+# launch SCRIPT FLAGS...: one plain process for GPUS 0 or 1, or where srun has started the processes; else torchrun.
+launch() {
+    local script=$REPOSITORY/$1
+    shift
+    local gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)} nodes=${NODES:-1}
+    local command=("$PYTHON")
+    if [ "${SLURM_NTASKS:-1}" -le 1 ] && { [ "$gpus" -gt 1 ] || [ "$nodes" -gt 1 ]; }; then
+        command+=(-m torch.distributed.run --nproc_per_node "$((gpus > 0 ? gpus : 1))" --nnodes "$nodes"
+            --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
+    fi
+    command+=("$script" "$@")
+    if [ "$gpus" -eq 0 ]; then command+=(--device cpu); fi
+    if [ -n "${DRY_RUN:-}" ]; then
+        printf '%s\n' "${command[@]}"
+    else
+        "${command[@]}"
+    fi
+}
+
+# pretrain NAME FLAGS...: the recipe of the paper's tables 4 and 8 for every method and data set.
+pretrain() {
+    local name=$1
+    shift
+    if [ -z "${DATA_PATH:-}" ]; then
+        echo "error: set DATA_PATH to the list of training videos (a line a video: path label), e.g." >&2
+        echo "  DATA_PATH=/data/train.csv bash $0" >&2
+        exit 2
+    fi
+    local output=${OUTPUT_DIR:-$REPOSITORY/output/$name}
+    launch run_mae_pretraining.py \
+        --data_path "$DATA_PATH" \
+        --output_dir "$output" \
+        --log_dir "$output" \
+        --model "${MODEL:-pretrain_videomae_base_patch16_224}" \
+        --decoder_depth 4 \
+        --mask_ratio "${MASK_RATIO:-0.95}" \
+        --batch_size "${BATCH_SIZE:-32}" \
+        --accum_iter "${ACCUM_ITER:-1}" \
+        --num_frames 16 \
+        --crop multiscale \
+        --opt adamw \
+        --opt_betas 0.9 0.95 \
+        --weight_decay 0.05 \
+        --lr "${LR:-1.5e-4}" \
+        --warmup_epochs "${WARMUP_EPOCHS:-40}" \
+        --epochs "${EPOCHS:-400}" \
+        --save_ckpt_freq "${SAVE_FREQ:-20}" \
+        --num_workers "${NUM_WORKERS:-8}" \
+        --seed "${SEED:-0}" \
+        "$@"
+}
+
+# The paper's settings of TATS (table 4).
+TATS_FLAGS=(--mask_type tats --tats_attention orthoformer --tats_blocks 1 --num_landmarks 128 --softmax_temp 1
+    --tats_lr 1.5e-6 --tats_start_epoch 10 --tats_rollout_steps 1 --ppo_epochs 1 --ppo_clip 0.2
+    --policy_coef 1e-4 --value_coef 1e-4 --entropy_coef 1e-4)

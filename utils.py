@@ -1,0 +1,245 @@
+"""Processes, seeds, metrics and the files a run writes."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class UsageError(Exception):
+    """Something the user can put right: says which flag, file or line, and what to do."""
+
+
+# --- processes ---------------------------------------------------------------------------------------------------
+
+
+def init_distributed(args) -> None:
+    """Joins the process group that the launcher describes and sets args.rank, world_size, local_rank, distributed.
+
+    torchrun's variables come first (srun sets its own even around torchrun), then Open MPI's (--dist_on_itp), then
+    Slurm's. One process makes no group.
+    """
+    env = os.environ
+    if "RANK" in env:
+        rank, world, local = env["RANK"], env.get("WORLD_SIZE", args.world_size), env.get("LOCAL_RANK", args.local_rank)
+    elif args.dist_on_itp:
+        try:
+            rank, world, local = (env[f"OMPI_COMM_WORLD_{name}"] for name in ("RANK", "SIZE", "LOCAL_RANK"))
+        except KeyError as error:
+            raise UsageError(f"--dist_on_itp needs a launch by mpirun: {error} is not set") from None
+    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        rank, world, local = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+        if "MASTER_ADDR" not in env:
+            hosts = subprocess.run(
+                ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
+            )
+            env["MASTER_ADDR"] = hosts.stdout.split()[0]
+    else:
+        rank, world, local = 0, 1, 0
+    args.rank, args.world_size, args.local_rank = int(rank), int(world), max(int(local), 0)
+    args.distributed = args.world_size > 1
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu")
+    if args.device == "cuda":
+        torch.cuda.set_device(args.local_rank)
+    if args.distributed:
+        dist.init_process_group(
+            "nccl" if args.device == "cuda" else "gloo",
+            init_method=args.dist_url,
+            rank=args.rank,
+            world_size=args.world_size,
+        )
+
+
+def is_main_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def log(message: str) -> None:
+    """One line on the main process's standard output."""
+    if is_main_process():
+        print(message, flush=True)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state(device: torch.device) -> list[dict]:
+    """Random state of every rank, as tensors and plain numbers (loads with weights_only=True)."""
+    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    name, keys, *rest = np.random.get_state()
+    state["numpy"] = (name, keys.tolist(), *rest)
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    if not dist.is_initialized():
+        return [state]
+    states = [None] * dist.get_world_size()
+    dist.all_gather_object(states, state)
+    return states
+
+
+def set_rng_state(states: list[dict], device: torch.device) -> None:
+    """Restores this rank's state; a run on another number of ranks keeps its fresh seeds."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if len(states) != world:
+        log(f"note: the checkpoint was written by {len(states)} processes, this run has {world}: new random states")
+        return
+    state = states[rank]
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# --- metrics -----------------------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """Running means of 0-d tensors that stay on the device; read only when a line is printed.
+
+    Values that are not finite are left out of the means (the backend counts such steps).
+    """
+
+    def __init__(self):
+        # names -> [sums, counts] of the window and of the epoch before it; one entry for each set of names
+        self.window: dict[tuple[str, ...], list[Tensor]] = {}
+        self.epoch: dict[tuple[str, ...], list[Tensor]] = {}
+
+    def update(self, **values: Tensor) -> None:
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        finite = torch.isfinite(stacked)
+        names = tuple(values)
+        if names not in self.window:
+            self.window[names] = [torch.zeros_like(stacked), torch.zeros_like(stacked)]
+            self.epoch.setdefault(names, [torch.zeros_like(stacked), torch.zeros_like(stacked)])
+        self.window[names][0] += torch.where(finite, stacked, 0)
+        self.window[names][1] += finite
+
+    def read_window(self) -> dict[str, float]:
+        """Means since the last call; waits for the device."""
+        for names, parts in self.window.items():
+            for total, part in zip(self.epoch[names], parts, strict=True):
+                total += part
+        means = _means(self.window)
+        self.window = {}
+        return means
+
+    def read_epoch(self) -> dict[str, float]:
+        """Means over the epoch and over all ranks."""
+        self.read_window()
+        if dist.is_initialized():
+            for part in (part for parts in self.epoch.values() for part in parts):
+                dist.all_reduce(part)
+        return _means(self.epoch)
+
+
+def _means(groups: dict[tuple[str, ...], list[Tensor]]) -> dict[str, float]:
+    return {
+        name: mean
+        for names, (total, count) in groups.items()
+        for name, mean in zip(names, (total / count).tolist(), strict=True)
+    }
+
+
+class Progress:
+    """Iterates a loader, timing how long each step waits for data, and prints where training stands.
+
+    print_freq steps a line; in a terminal one line that is rewritten.
+    """
+
+    def __init__(self, header: str, steps: int, clips_per_step: int, print_freq: int, remaining_steps: int):
+        self.header, self.steps, self.clips, self.print_freq = header, steps, clips_per_step, print_freq
+        self.remaining_steps = remaining_steps  # of the whole run, at the start of this epoch
+        self.data_seconds = self.step_seconds = 0.0
+        self.window_data = self.window_step = 0.0
+        self.window_steps = 0
+
+    def watch(self, loader: Iterable) -> Iterator:
+        """Yields the batches of the epoch. Time inside next() is data wait, the rest is the step."""
+        iterator = iter(loader)
+        for _ in range(self.steps):
+            start = time.perf_counter()
+            batch = next(iterator)
+            fetched = time.perf_counter()
+            yield batch
+            end = time.perf_counter()
+            self.window_data += fetched - start
+            self.window_step += end - start
+            self.window_steps += 1
+
+    def report(self, step: int, metrics: Metrics, lr: float) -> dict[str, float]:
+        """Prints and returns the means of the window that ends with this step (0-based)."""
+        values = metrics.read_window()  # waits for the device, so that the times below are true
+        self.data_seconds += self.window_data
+        self.step_seconds += self.window_step
+        per_step = self.window_step / max(self.window_steps, 1)
+        left = per_step * (self.remaining_steps - step - 1)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        line = (
+            f"{self.header} [{step + 1}/{self.steps}]  {shown}  lr {lr:.3g}  "
+            f"data {self.window_data / max(self.window_steps, 1):.3f} s  step {per_step:.3f} s  "
+            f"{self.clips / per_step if per_step else 0:.1f} clips/s  left {format_time(left)}"
+        )
+        self.window_data = self.window_step = 0.0
+        self.window_steps = 0
+        if is_main_process():
+            if sys.stdout.isatty():
+                print(f"\r\033[K{line}", end="\n" if step + 1 == self.steps else "", flush=True)
+            else:
+                print(line, flush=True)
+        return values
+
+    def epoch_times(self) -> dict[str, float]:
+        return {"data_time": self.data_seconds / self.steps, "step_time": self.step_seconds / self.steps}
+
+
+def format_time(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+# --- files of a run ----------------------------------------------------------------------------------------------
+
+
+def write_run_description(folder: Path, args) -> None:
+    """args.json: every resolved flag, package versions and the git revision."""
+    packages = ("torch", "torchvision", "timm", "numpy", "decord", "av", "deepspeed")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    root = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    description = {
+        "args": vars(args),
+        "command": sys.argv,
+        "versions": versions,
+        "python": sys.version.split()[0],
+        "git": git.stdout.strip() or None,
+    }
+    (folder / "args.json").write_text(json.dumps(description, indent=2, default=str) + "\n")
+
+
+def append_json_line(path: Path, record: dict) -> None:
+    """log.txt as VideoMAE writes it: one JSON object a line."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
