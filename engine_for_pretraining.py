@@ -66,12 +66,12 @@ def masked_error(prediction: Tensor, pixels: Tensor, mask: Mask, recipe: Recipe)
 class EpochRunner:
     """The frame both engines share: progress, metrics, unreadable videos, and the check that training still moves."""
 
-    def __init__(self, recipe: Recipe, backend: Backend, epoch: int, clips_per_step: int):
+    def __init__(self, recipe: Recipe, backend: Backend, epoch: int):
         self.recipe, self.backend = recipe, backend
         self.metrics = Metrics()
         self.steps = recipe.steps_per_epoch * backend.accum_iter
         remaining = (recipe.epochs - epoch) * self.steps
-        self.progress = Progress(f"epoch {epoch}", self.steps, clips_per_step, recipe.print_freq, remaining)
+        self.progress = Progress(f"epoch {epoch}", self.steps, recipe.print_freq, remaining)
         self.first_step = epoch * recipe.steps_per_epoch
         self.unreadable: dict[str, str] = {}
         self.num_failed = 0
@@ -117,7 +117,7 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """backend.raw is the MAE, or AdaMAE (MAE and sampler in one) where the sampler learns; returns epoch means."""
     backend.raw.train()
-    runner = EpochRunner(recipe, backend, epoch, loader.batch_size)
+    runner = EpochRunner(recipe, backend, epoch)
     for index, step, batch in runner.batches(loader):
         lr = recipe.apply_schedule(backend, step)
         pixels, video, seed = to_device(batch, recipe)

@@ -33,7 +33,7 @@ def train_one_epoch(
     """
     mae.raw.train()
     tats.raw.train()
-    runner = EpochRunner(recipe, mae, epoch, loader.batch_size)
+    runner = EpochRunner(recipe, mae, epoch)
     one_pass = settings.rollout_steps == 1 and settings.epochs == 1
     buffer: list[ppo.Episode] = []
     for index, step, batch in runner.batches(loader):

@@ -18,7 +18,7 @@ LAYER_NORM = functools.partial(nn.LayerNorm, eps=1e-6)
 
 # Encoder sizes; small to huge are VideoMAE's, tiny is for tests and the demo.
 SIZES = {
-    "tiny": dict(embed_dim=128, depth=4, num_heads=4),
+    "tiny": dict(embed_dim=96, depth=4, num_heads=4),
     "small": dict(embed_dim=384, depth=12, num_heads=6),
     "base": dict(embed_dim=768, depth=12, num_heads=12),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),

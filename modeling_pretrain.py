@@ -248,7 +248,7 @@ def _pretrain(size: str, decoder_embed_dim: int, decoder_num_heads: int, **kwarg
 
 @register
 def pretrain_videomae_tiny_patch8_64(**kwargs):
-    return _pretrain("tiny", 96, 3, **{"img_size": 64, "patch_size": 8, "all_frames": 8, **kwargs})
+    return _pretrain("tiny", 64, 2, **{"img_size": 64, "patch_size": 8, "all_frames": 8, **kwargs})
 
 
 @register

@@ -61,7 +61,6 @@ class TATS(MaskSampler):
         table = get_sinusoid_encoding_table(self.num_tokens, dim)
         self.register_buffer("pos_embed", table, persistent=False)
         self.blocks = nn.ModuleList(TATSBlock(dim, num_heads, attention, num_landmarks) for _ in range(num_blocks))
-        self.norm = LAYER_NORM(dim)
         self.actor = nn.Linear(dim, 1)
         self.critic = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
         self.apply(_init_weights)
@@ -74,7 +73,7 @@ class TATS(MaskSampler):
         value = self.critic(x.mean(dim=1)).squeeze(-1).float()
         for block in self.blocks:
             x = block(x, self.grid[0])
-        logits = self.actor(self.norm(x)).squeeze(-1).float()
+        logits = self.actor(x).squeeze(-1).float()
         log_prob = torch.log_softmax(logits / self.temperature, dim=-1)
         return Mask(*draw(log_prob, self.num_visible, seed), log_prob, value)
 

@@ -332,7 +332,10 @@ def train(args) -> None:
     resolve_amp(args)
     device = torch.device(args.device, args.local_rank) if args.device == "cuda" else torch.device("cpu")
     seed_everything(args.seed)  # the same weights on every rank
-    loader = build_pretraining_loader(args, args.rank, args.world_size)
+    try:
+        loader = build_pretraining_loader(args, args.rank, args.world_size)
+    except (ValueError, ImportError) as error:  # the list, the batch size, a decoder that is not installed
+        raise UsageError(str(error)) from error
     steps_per_epoch = len(loader) // args.accum_iter
     if not steps_per_epoch:
         raise UsageError(

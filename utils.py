@@ -163,12 +163,12 @@ class Progress:
     print_freq steps a line; in a terminal one line that is rewritten.
     """
 
-    def __init__(self, header: str, steps: int, clips_per_step: int, print_freq: int, remaining_steps: int):
-        self.header, self.steps, self.clips, self.print_freq = header, steps, clips_per_step, print_freq
+    def __init__(self, header: str, steps: int, print_freq: int, remaining_steps: int):
+        self.header, self.steps, self.print_freq = header, steps, print_freq
         self.remaining_steps = remaining_steps  # of the whole run, at the start of this epoch
         self.data_seconds = self.step_seconds = 0.0
         self.window_data = self.window_step = 0.0
-        self.window_steps = 0
+        self.window_steps = self.window_clips = 0
 
     def watch(self, loader: Iterable) -> Iterator:
         """Yields the batches of the epoch. Time inside next() is data wait, the rest is the step."""
@@ -182,6 +182,7 @@ class Progress:
             self.window_data += fetched - start
             self.window_step += end - start
             self.window_steps += 1
+            self.window_clips += len(batch["video"])
 
     def report(self, step: int, metrics: Metrics, lr: float) -> dict[str, float]:
         """Prints and returns the means of the window that ends with this step (0-based)."""
@@ -194,10 +195,10 @@ class Progress:
         line = (
             f"{self.header} [{step + 1}/{self.steps}]  {shown}  lr {lr:.3g}  "
             f"data {self.window_data / max(self.window_steps, 1):.3f} s  step {per_step:.3f} s  "
-            f"{self.clips / per_step if per_step else 0:.1f} clips/s  left {format_time(left)}"
+            f"{self.window_clips / self.window_step:.1f} clips/s  left {format_time(left)}"
         )
         self.window_data = self.window_step = 0.0
-        self.window_steps = 0
+        self.window_steps = self.window_clips = 0
         if is_main_process():
             if sys.stdout.isatty():
                 print(f"\r\033[K{line}", end="\n" if step + 1 == self.steps else "", flush=True)

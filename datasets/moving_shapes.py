@@ -3,9 +3,9 @@
     python -m datasets.moving_shapes --output DIR
 
 writes H.264 clips, `train.csv` and `val.csv` (`path label`), `classes.txt`, and for every clip the true motion mask.
-The label can be read from motion alone. Everything one frame shows (background, outlines, textures, sizes, positions,
-orientations) is drawn without looking at the label, and the frame is a torus, so that under every kind of motion a shape's
-position and orientation are uniform at every instant: any single frame has the same distribution for all kinds.
+The label can be read from motion alone. What a frame shows (background, outlines, textures, sizes, starts) is drawn
+without the label, and the frame is a torus, so that under every kind of motion a shape's position and orientation are
+uniform at every instant: any single frame has the same distribution for all kinds.
 """
 
 import argparse
@@ -28,23 +28,23 @@ FPS = 16
 VERSION = 1  # raise it when the same settings start to give other clips
 
 
-
-
-# ------------------------------------------------------------------------------------------------------------- appearance
+# ---------------------------------------------------------------------------------------------------- appearance
 
 
 def draw_texture(rng, size, mean):
-    """A band-limited colour texture: dict(mean [3], wave [K, 2] in radians a pixel, phase [K], colour [K, 3]).
+    """A band-limited texture in shades of one colour: dict(mean [3], wave [K, 2] in radians a pixel, phase [K],
+    colour [K, 3]).
 
-    Wavelengths are 1/13 to 1/7 of the frame side, so that no patch of 1/8 of the side is flat: the normalised target
-    of a flat patch is amplified noise.
+    Wavelengths are 1/8 to 1/4 of the frame side, so that no patch of 1/8 of the side is flat: the normalised target
+    of a flat patch is amplified noise. Four waves and one direction in colour space keep a patch simple enough for a
+    small autoencoder to learn within minutes to copy what stands still.
     """
-    count = 5
-    length = rng.uniform(size / 13, size / 7, count)
+    count = 4
+    length = size / rng.uniform(4, 8, count)
     # spread the directions, else all waves may run the same way and leave flat stripes
-    angle = rng.uniform(0, math.pi) + math.pi * (np.arange(count) + rng.uniform(0, 0.7, count)) / count
-    colour = rng.normal(size=(count, 3))
-    colour *= 0.2 / np.linalg.norm(colour, axis=1, keepdims=True)
+    angle = rng.uniform(0, math.pi) + math.pi * (np.arange(count) + rng.uniform(0, 1, count)) / count
+    colour = rng.uniform(0.5, 1, (1, 3)) * rng.choice([-1, 1], (count, 1))
+    colour *= 0.23 / np.linalg.norm(colour, axis=1, keepdims=True)
     wave = 2 * math.pi / length[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     return dict(mean=mean, wave=wave, phase=rng.uniform(0, 2 * math.pi, count), colour=colour)
 
@@ -74,12 +74,12 @@ def signed_distance(outline, x, y, radius):
         angle = np.abs((np.arctan2(y, x) + sector / 2) % sector - sector / 2)
         tip, notch = 1.2 * radius, 0.6 * radius
         notch_x, notch_y = notch * math.cos(sector / 2), notch * math.sin(sector / 2)
-        edge_x, edge_y = notch_x - tip, notch_y
-        return (edge_x * (r * np.sin(angle)) - edge_y * (r * np.cos(angle) - tip)) / -math.hypot(edge_x, edge_y)
+        along_x, along_y = notch_x - tip, notch_y  # the edge runs from (tip, 0) to the notch
+        return (along_y * (r * np.cos(angle) - tip) - along_x * r * np.sin(angle)) / -math.hypot(along_x, along_y)
     raise ValueError(f"unknown outline {outline!r}")
 
 
-# ----------------------------------------------------------------------------------------------------------------- motion
+# -------------------------------------------------------------------------------------------------------- motion
 
 
 def draw_shape(rng, size, background_mean):
@@ -128,7 +128,7 @@ def render_clip(kind, rng, size=64, frames=32):
     """Draws one clip.
 
     Args: kind, one of KINDS; rng, a numpy Generator (the draws do not depend on kind); size in pixels; frames.
-    Returns: clip uint8 [frames, size, size, 3] and mask bool [frames, size, size], True where a moving shape covers the pixel.
+    Returns: clip uint8 [frames, size, size, 3]; mask bool [frames, size, size], True where a shape covers the pixel.
     """
     mean = rng.uniform(0.3, 0.7, 3)
     texture = draw_texture(rng, size, mean)
@@ -149,16 +149,19 @@ def render_clip(kind, rng, size=64, frames=32):
     return np.round(np.clip(clip, 0, 1) * 255).astype(np.uint8), mask
 
 
-# ---------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------------------- writing
 
 
 def write_video(path, clip):
     """Encodes uint8 [T, H, W, 3] as H.264 (yuv420p, crf 12, 16 frames a second)."""
     import av
 
+    # with B-frames or vector code that differs between processors, x264 gave one clip in twenty other bytes on each run
+    options = {"crf": "12", "preset": "veryfast", "x264-params": "bframes=0:cpu-independent=1"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "12", "preset": "veryfast", "threads": "1"})
+        stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.height, stream.width, stream.pix_fmt = clip.shape[1], clip.shape[2], "yuv420p"
+        stream.codec_context.thread_count = 1
         for image in clip:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
@@ -190,11 +193,11 @@ def write_dataset(output, train=320, val=80, size=64, frames=32, seed=0, workers
     done = output / "settings.json"
     if done.exists():
         if json.loads(done.read_text()) != settings:
-            raise ValueError(f"{output} holds moving shapes with other settings ({done}): choose another folder or delete it")
+            raise ValueError(f"{output} holds moving shapes with other settings: choose another folder or delete it")
         print(f"moving shapes: {output} is complete, nothing to do")
         return output
     if (output / "train.csv").exists():
-        raise ValueError(f"{output} holds a train.csv but no finished moving shapes: choose another folder or delete it")
+        raise ValueError(f"{output} holds another or an unfinished data set: choose another folder or delete it")
     for folder in ("videos", "masks"):
         (output / folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
@@ -210,7 +213,9 @@ def write_dataset(output, train=320, val=80, size=64, frames=32, seed=0, workers
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--train", type=int, default=320, help="training clips")
     parser.add_argument("--val", type=int, default=80, help="validation clips")

@@ -1,0 +1,81 @@
+"""The rules of the tree (CONTRIBUTING.md), read off the syntax trees."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = {path.stem: path for path in ROOT.glob("*.py")} | {
+    f"datasets.{path.stem}": path for path in (ROOT / "datasets").glob("*.py")
+}
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Modules a file imports; from package import name counts as package.name where that is a file."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+ALLOWED = {
+    "ppo": set(),
+    "trajectory_attention": set(),
+    "masking_generator": set(),
+    "optim_factory": set(),
+    "modeling_finetune": set(),
+    "backend": set(),
+    "checkpoint": set(),
+    "utils": set(),
+    "datasets.transforms": set(),
+    "datasets.moving_shapes": set(),
+    "datasets.video": set(),
+    "datasets.build": {"datasets.transforms", "datasets.video"},
+    "modeling_pretrain": {"modeling_finetune", "masking_generator"},
+    "modeling_tats": {"modeling_finetune", "masking_generator", "trajectory_attention"},
+    "modeling_adamae": {"modeling_finetune", "masking_generator", "modeling_tats"},
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_imports_go_one_way(name):
+    assert imports(FILES[name]) & set(FILES) <= ALLOWED[name]
+
+
+def test_engines_and_models_do_not_import_scripts():
+    for name, path in FILES.items():
+        if not name.startswith("run_"):
+            assert not {m for m in imports(path) if m.startswith("run_")}, name
+        if name.startswith("modeling_"):
+            assert not {m for m in imports(path) if m.startswith("engine_")}, name
+
+
+@pytest.mark.parametrize(
+    "package,homes",
+    [
+        ("av", {"datasets.video", "datasets.moving_shapes"}),
+        ("decord", {"datasets.video"}),
+        ("deepspeed", {"backend"}),
+        ("tensorboardX", {"run_mae_pretraining"}),
+        ("mmcv", set()),
+    ],
+)
+def test_optional_packages_are_imported_where_used_and_only_then(package, homes):
+    for name, path in FILES.items():
+        if package in {module.split(".")[0] for module in imports(path)}:
+            assert name in homes, f"{name} imports {package}"
+        assert package not in {module.split(".")[0] for module in imports(path, top_level_only=True)}, name
+
+
+def test_only_known_packages_are_imported_at_the_top():
+    """What a machine must have to train; everything else is optional and imported in the function that uses it."""
+    needed = {"torch", "torchvision", "timm", "numpy", "matplotlib"}
+    for name, path in FILES.items():
+        packages = {module.split(".")[0] for module in imports(path, top_level_only=True)}
+        assert packages - set(sys.stdlib_module_names) - set(FILES) - {"datasets"} <= needed, name

@@ -1,0 +1,258 @@
+"""Whole runs by subprocess, as a user starts them: every mask type, resume after kill -9, two processes, bad input."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from datasets.moving_shapes import write_dataset
+from run_mae_pretraining import SAMPLERS, get_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "--model", "pretrain_videomae_tiny_patch8_64", "--input_size", "32", "--num_frames", "4", "--sampling_rate", "2",
+    "--decoder_depth", "1", "--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--print_freq", "2",
+    "--warmup_epochs", "0", "--lr", "0.01", "--tats_lr", "1e-3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """List of 10 small clips; 2 steps an epoch at batch 4."""
+    return write_dataset(tmp_path_factory.mktemp("shapes"), train=10, val=10, size=32, frames=12) / "train.csv"
+
+
+def command(data_path, *flags) -> list[str]:
+    return [sys.executable, str(ROOT / "run_mae_pretraining.py"), "--data_path", str(data_path), *TINY, *map(str, flags)]
+
+
+def run(data_path, *flags, expect=0, **kwargs) -> str:
+    """Standard output of a finished run, or standard error of one that is expected to fail."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command(data_path, *flags), capture_output=True, text=True, env=env, timeout=300, **kwargs)
+    assert result.returncode == expect, result.stderr
+    return result.stderr if expect else result.stdout
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {record["epoch"]: record["train_loss"] for record in read_log(folder)}
+
+
+LEARNED = {
+    "adamae": {"reward", "entropy", "sampling_loss"},
+    "tats": {"reward", "value", "explained_variance", "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask_type", SAMPLERS)
+def test_every_mask_type_trains_and_logs(mask_type, shapes, tmp_path):
+    output = run(shapes, "--mask_type", mask_type, "--epochs", 2, "--tats_start_epoch", 1, "--output_dir", tmp_path)
+    record = read_log(tmp_path)[-1]
+    assert record["epoch"] == 1
+    wanted = {"loss", "motion_lift", "data_time", "step_time"} | LEARNED.get(mask_type, set())
+    assert {f"train_{name}" for name in wanted} <= set(record)
+    assert all(isinstance(record[f"train_{name}"], float) for name in wanted)
+    assert "clips/s" in output and "left" in output
+    state = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)
+    assert state["args"]["mask_type"] == mask_type
+    assert (mask_type in state) == (mask_type in LEARNED)
+    assert not any("sampler" in name or "pos_embed" in name for name in state["model"])
+    assert json.loads((tmp_path / "args.json").read_text())["args"]["mask_ratio"] == 0.75
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--tats_attention", "trajectory", "--tats_blocks", "2"],
+        ["--tats_attention", "mha", "--normalize_advantage", "--softmax_temp", "0.5"],
+        ["--tats_rollout_steps", "2", "--ppo_epochs", "3", "--num_landmarks", "4", "--accum_iter", "1"],
+        ["--accum_iter", "2", "--loss", "l1", "--no-normalize_target", "--amp", "bf16", "--clip_grad", "0.1"],
+        ["--normlize_target", "False", "--num_sample", "2", "--crop", "random_resized", "--color_jitter", "0.4",
+         "--train_interpolation", "random", "--decoder", "pyav", "--no-imagenet_default_mean_and_std"],
+        ["--opt", "sgd", "--momentum", "0.5", "--weight_decay_end", "0.2", "--warmup_steps", "1", "--use_checkpoint",
+         "--drop_path", "0.1", "--no_pin_mem", "--patch_size", "16", "--tubelet_size", "1"],
+    ],
+    ids=["trajectory", "mha", "rollout", "accumulation", "data", "optimizer"],
+)  # fmt: skip
+def test_flags_of_tats_and_data(flags, shapes, tmp_path):
+    run(shapes, "--mask_type", "tats", "--tats_start_epoch", 0, "--epochs", 1, "--output_dir", tmp_path, *flags)
+    assert read_log(tmp_path)[0]["train_loss"] > 0
+
+
+def test_two_passes_leave_the_recorded_policy(shapes, tmp_path):
+    """One pass at k = 1 has every ratio exactly 1; a second pass compares the moved policy with the recorded one."""
+    kl = {}
+    for passes in (1, 2):
+        run(shapes, "--mask_type", "tats", "--tats_start_epoch", 0, "--epochs", 1, "--ppo_epochs", passes,
+            "--tats_lr", 0.05, "--output_dir", tmp_path / str(passes))  # fmt: skip
+        kl[passes] = read_log(tmp_path / str(passes))[0]["train_approx_kl"]
+    assert kl[1] == 0 and kl[2] > 0
+
+
+@pytest.mark.parametrize("mask_type", ["tube", "adamae", "tats"])
+def test_resume_after_kill_gives_the_undisturbed_run(mask_type, shapes, tmp_path):
+    flags = ["--mask_type", mask_type, "--epochs", 4, "--tats_start_epoch", 1, "--save_ckpt_freq", 1, "--drop_path", 0.1]
+    run(shapes, *flags, "--output_dir", tmp_path / "whole")
+
+    killed = tmp_path / "killed"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command(shapes, *flags, "--output_dir", killed, "--print_freq", 1), stdout=subprocess.PIPE, text=True, env=env
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 2 [1/2]"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "checkpoint-2.pth").exists()
+    output = run(shapes, *flags, "--output_dir", killed)
+    assert "resumed after epoch 1" in output
+
+    assert losses(killed) == losses(tmp_path / "whole")
+    states = [torch.load(f / "checkpoint-3.pth", weights_only=True) for f in (killed, tmp_path / "whole")]
+    for key in {"model", mask_type} & set(states[0]):
+        for name, value in states[0][key].items():
+            assert torch.equal(value, states[1][key][name]), name
+
+
+def test_finished_run_does_nothing_and_truncated_newest_checkpoint_is_passed_over(shapes, tmp_path):
+    flags = ["--mask_type", "random", "--epochs", 2, "--save_ckpt_freq", 1, "--output_dir", tmp_path]
+    run(shapes, *flags)
+    assert "nothing to do" in run(shapes, *flags)
+    newest = tmp_path / "checkpoint-1.pth"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    output = run(shapes, *flags)
+    assert "checkpoint-1.pth: not a readable checkpoint" in output and "resumed after epoch 0" in output
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("mask_type", ["tube", "adamae", "tats"])
+def test_two_processes_and_accumulation_follow_one_process(mask_type, shapes, tmp_path):
+    """Masks and crops belong to the clip, not to the process, so the global batch is the same. AdaMAE's sampler has
+    dropout, whose draws do depend on the process: its losses agree only loosely."""
+    flags = ["--mask_type", mask_type, "--epochs", 3, "--tats_start_epoch", 1]
+    run(shapes, *flags, "--output_dir", tmp_path / "one")
+    halves = [*flags, "--batch_size", 2]
+    run(shapes, *halves, "--accum_iter", 2, "--output_dir", tmp_path / "accumulated")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+         *command(shapes, *halves, "--output_dir", tmp_path / "two")[1:]],
+        check=True, env=env, timeout=300, capture_output=True,
+    )  # fmt: skip
+    tolerance = 0.02 if mask_type == "adamae" else 1e-5
+    reference = losses(tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(reference, rel=tolerance)
+    assert losses(tmp_path / "accumulated") == pytest.approx(reference, rel=tolerance)
+
+
+def test_finetune_starts_from_the_weights_of_a_checkpoint(shapes, tmp_path):
+    run(shapes, "--mask_type", "tube", "--epochs", 1, "--output_dir", tmp_path / "first")
+    source = tmp_path / "first" / "checkpoint-0.pth"
+    tiny_lr = ["--lr", 1e-12, "--warmup_lr", 0, "--min_lr", 0, "--weight_decay", 0]
+    run(shapes, "--mask_type", "tats", "--epochs", 1, "--finetune", source, "--output_dir", tmp_path / "second", *tiny_lr)
+    first, second = (torch.load(p, weights_only=True)["model"] for p in (source, tmp_path / "second/checkpoint-0.pth"))
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_unreadable_videos_are_replaced_counted_and_named(shapes, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"not a video")
+    listed = [f"{shapes.parent / line}" for line in shapes.read_text().splitlines()[:7]]
+    (tmp_path / "list.csv").write_text("\n".join([*listed, f"{broken} 0"]) + "\n")
+    output = run(tmp_path / "list.csv", "--mask_type", "random", "--epochs", 1, "--output_dir", tmp_path / "out")
+    assert f"unreadable video replaced by another: {broken}" in output
+    assert read_log(tmp_path / "out")[0]["train_unreadable_videos"] >= 1
+
+
+def bad_inputs():
+    """(name, flags, list text or None, parts the one-line error must have)"""
+    yield "no list", ["--data_path", "no/such/list.csv"], None, ["no/such/list.csv", "no such"]
+    yield "label missing", [], "a.mp4 0\nb.mp4\n", ["line 2", "label"]
+    yield "label not a number", [], "a.mp4 0\nb.mp4 cat\n", ["line 2", "'cat'"]
+    yield "empty list", [], "\n", ["list.csv"]
+    yield "no video readable", [], "a.mp4 0\n" * 8, ["a.mp4", "no such file"]
+    yield "fewer videos than a batch", ["--batch_size", "64"], "a.mp4 0\n", ["--batch_size", "1 video"]
+    yield "ratio 0", ["--mask_ratio", "0"], "a.mp4 0\n" * 8, ["--mask_ratio 0"]
+    yield "ratio 1", ["--mask_ratio", "1"], "a.mp4 0\n" * 8, ["--mask_ratio 1"]
+    yield "ratio leaves nothing", ["--mask_ratio", "0.999"], "a.mp4 0\n" * 8, ["--mask_ratio 0.999"]
+    yield "input size", ["--input_size", "30"], "a.mp4 0\n" * 8, ["--input_size", "--patch_size"]
+    yield "frames", ["--num_frames", "5"], "a.mp4 0\n" * 8, ["--num_frames", "--tubelet_size"]
+    yield "model", ["--model", "vit_base_patch16_224"], "a.mp4 0\n" * 8, ["--model", "pretrain_videomae_base"]
+    yield "optimizer", ["--opt", "adamx"], "a.mp4 0\n" * 8, ["--opt adamx"]
+    yield "batch and samples", ["--num_sample", "3"], "a.mp4 0\n" * 8, ["--batch_size", "--num_sample"]
+    yield "accumulation", ["--accum_iter", "9"], "a.mp4 0\n" * 8, ["--accum_iter 9"]
+    yield "zero epochs", ["--epochs", "0"], "a.mp4 0\n" * 8, ["--epochs 0"]
+    yield "negative rate", ["--lr", "-1"], "a.mp4 0\n" * 8, ["--lr -1"]
+    yield "no checkpoint", ["--resume", "no.pth"], "a.mp4 0\n" * 8, ["no.pth", "no such checkpoint"]
+    yield "not a checkpoint", ["--resume", "LIST"], "a.mp4 0\n" * 8, ["list.csv", "not a readable checkpoint"]
+    yield "checkpoint of another size", ["--finetune", "OTHER"], "a.mp4 0\n" * 8, ["other.pth", "--model", "mask_token"]
+    yield "weights without optimizer", ["--resume", "OTHER"], "a.mp4 0\n" * 8, ["other.pth", "--finetune"]
+    if not torch.cuda.is_available():
+        yield "no gpu", ["--device", "cuda"], "a.mp4 0\n" * 8, ["--device cuda"]
+
+
+@pytest.mark.parametrize("name,flags,text,parts", [pytest.param(*case, id=case[0]) for case in bad_inputs()])
+def test_bad_input_gets_one_clear_error(name, flags, text, parts, tmp_path, capsys, monkeypatch):
+    from run_mae_pretraining import main
+
+    list_path, other = tmp_path / "list.csv", tmp_path / "other.pth"
+    if text is not None:
+        list_path.write_text(text)
+    torch.save({"model": {"mask_token": torch.zeros(1, 1, 7)}}, other)
+    flags = [{"LIST": str(list_path), "OTHER": str(other)}.get(flag, flag) for flag in flags]
+    with pytest.raises(SystemExit) as stop:
+        main(["--data_path", str(list_path), *TINY, "--mask_type", "random", *flags])
+    message = str(stop.value)
+    assert message.startswith("error: ") and message.count("\n") <= 1
+    for part in parts:
+        assert part in message
+
+
+def test_error_of_a_loader_process_is_one_line(tmp_path):
+    (tmp_path / "list.csv").write_text("a.mp4 0\n" * 8)
+    error = run(tmp_path / "list.csv", "--mask_type", "random", "--num_workers", 1, expect=1)
+    assert "no such file" in error and "Traceback" not in error
+
+
+def test_tensorboard_has_the_training_curves(shapes, tmp_path):
+    run(shapes, "--mask_type", "tats", "--tats_start_epoch", 0, "--epochs", 1, "--log_dir", tmp_path)
+    (events,) = tmp_path.glob("events*")
+    content = events.read_bytes()
+    for name in (b"train/loss", b"train/motion_lift", b"train/entropy", b"train/lr"):
+        assert name in content
+
+
+def test_every_flag_is_read():
+    """A flag nobody reads would be a promise nobody keeps."""
+    source = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "datasets").glob("*.py")])
+    parsed_only = re.sub(r"add_argument\(.*?\n", "", source, flags=re.S)
+    for action in get_parser()._actions:
+        if action.dest != "help":
+            assert f"args.{action.dest}" in parsed_only or f'"{action.dest}"' in parsed_only, action.dest
+
+
+def test_killed_while_saving_keeps_the_older_checkpoint(shapes, tmp_path):
+    """Temporary files are never taken for checkpoints."""
+    flags = ["--mask_type", "random", "--epochs", 2, "--save_ckpt_freq", 1, "--output_dir", tmp_path]
+    run(shapes, *flags[:3], 1, *flags[4:])
+    (tmp_path / "checkpoint-1.pth.tmp").write_bytes(b"half a file")
+    assert "resumed after epoch 0" in run(shapes, *flags)
+    assert time.time() - (tmp_path / "checkpoint-1.pth").stat().st_mtime < 60
