@@ -43,7 +43,9 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
     """checkpoint-N.pth in a folder, newest (largest N) first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)\.pth", path.name), path) for path in Path(folder).glob("checkpoint-*.pth")]
+    found = [
+        (re.fullmatch(r"checkpoint-(\d+)\.pth", path.name), path) for path in Path(folder).glob("checkpoint-*.pth")
+    ]
     return [path for match, path in sorted(found, key=lambda x: -int(x[0][1]) if x[0] else 0) if match]
 
 

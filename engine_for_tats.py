@@ -1,4 +1,4 @@
-"""One epoch of joint training: the MAE by reconstruction, TATS by PPO on its errors (paper section 3.3, Algorithm 1)."""
+"""One epoch of joint training: the MAE by reconstruction, TATS by PPO on its errors (paper 3.3, Algorithm 1)."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,7 @@
 """Which space-time tokens the encoder sees: the Mask, the sampler interface and the samplers without parameters.
 
-Shapes: B clips, t token frames, S = h*w tokens a frame, N = t*S tokens in (time, row, column) order, N_v visible, N_m masked.
+Shapes: B clips, t token frames, S = h*w tokens a frame, N = t*S tokens in (time, row, column) order, N_v visible,
+N_m masked.
 "masked" means hidden from the encoder, everywhere.
 """
 

@@ -61,5 +61,3 @@ def sampling_loss(mask: Mask, error: Tensor, coef: float = 1e-4) -> Tensor:
     """
     log_prob = mask.log_prob.gather(1, mask.masked)
     return -coef * (log_prob * error.detach()).mean()
-
-

@@ -1,6 +1,6 @@
 """Vision transformer for clips: the blocks the whole project shares, and the classifier.
 
-Class names, constructor arguments and state-dict names are VideoMAE's, so that its checkpoints load here and ours there.
+Class names, constructor arguments and state-dict names are VideoMAE's: its checkpoints load here and ours there.
 Shapes: B clips, T frames, N = (T/tubelet) * (H/patch) * (W/patch) tokens in (time, row, column) order, D width.
 """
 

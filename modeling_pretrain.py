@@ -207,7 +207,7 @@ class PretrainVisionTransformer(nn.Module):
 
 
 def patchify(pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """pixels [B, C, T, H, W] -> [B, N, k, C]: the k = tubelet * p * p pixels of a token in (frame, row, column) order."""
+    """pixels [B, C, T, H, W] -> [B, N, k, C]: k = tubelet * p * p pixels a token in (frame, row, column) order."""
     (t, h, w), (frames, height, width) = grid, pixels.shape[2:]
     x = pixels.reshape(*pixels.shape[:2], t, frames // t, h, height // h, w, width // w)
     return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(len(x), t * h * w, -1, pixels.shape[1])
@@ -221,7 +221,7 @@ def unpatchify(patches: Tensor, grid: tuple[int, int, int], size: tuple[int, int
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """Each colour channel of each token [..., k, C] to zero mean and unit (unbiased) deviation, as VideoMAE's target."""
+    """Each colour channel of each token [..., k, C] to mean 0 and (unbiased) deviation 1, as VideoMAE's target."""
     mean = patches.mean(dim=-2, keepdim=True)
     return (patches - mean) / (patches.var(dim=-2, unbiased=True, keepdim=True).sqrt() + 1e-6)
 

@@ -1,4 +1,4 @@
-"""TATS: the Trajectory-Aware Adaptive Token Sampler, an actor and a critic on trajectory attention (paper section 3.2)."""
+"""TATS, the Trajectory-Aware Adaptive Token Sampler: an actor and a critic on trajectory attention (paper 3.2)."""
 
 import torch
 from timm.layers import Mlp, trunc_normal_

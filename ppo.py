@@ -46,7 +46,7 @@ def value_loss(value: Tensor, reward: Tensor) -> Tensor:
 
 
 def explained_variance(value: Tensor, reward: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R) over the clips' mean rewards: 1 = perfect critic, 0 = as good as a constant, < 0 worse."""
+    """1 - Var(R - V) / Var(R) of the clips' mean rewards: 1 = perfect critic, 0 = as good as a constant, < 0 worse."""
     returns = reward.mean(dim=1)
     return 1 - (returns - value).var(unbiased=False) / returns.var(unbiased=False).clamp_min(1e-12)
 

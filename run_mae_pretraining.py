@@ -79,9 +79,14 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--batch_size", default=64, type=int, help="clips a process and micro-batch")
     group.add_argument("--epochs", default=800, type=int, help="passes over the list of videos")
     group.add_argument(
-        "--accum_iter", default=1, type=int, help="micro-batches an optimizer step: effective batch = all clips of a step"
+        "--accum_iter",
+        default=1,
+        type=int,
+        help="micro-batches an optimizer step: effective batch = all clips of a step",
     )
-    group.add_argument("--save_ckpt_freq", default=50, type=int, help="epochs between checkpoints (the last is kept too)")
+    group.add_argument(
+        "--save_ckpt_freq", default=50, type=int, help="epochs between checkpoints (the last is kept too)"
+    )
     group.add_argument("--print_freq", default=20, type=int, help="micro-batches between progress lines")
     group.add_argument("--output_dir", default="", help="folder for checkpoints, log.txt and args.json; empty: none")
     group.add_argument("--log_dir", default=None, help="folder for tensorboard files; default: none")
@@ -147,7 +152,9 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--warmup_steps", default=-1, type=int, help="0 or more: overrides --warmup_epochs")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", default="/path/to/list_kinetics-400", help="list file, a line a video: path label")
+    group.add_argument(
+        "--data_path", default="/path/to/list_kinetics-400", help="list file, a line a video: path label"
+    )
     group.add_argument("--sampling_rate", default=4, type=int, help="frames between two frames of a clip")
     group.add_argument("--num_sample", default=1, type=int, help="clips from one decode of a video")
     group.add_argument("--crop", default="multiscale", choices=["multiscale", "random_resized"])
@@ -298,7 +305,8 @@ class Run:
 # Flags that may change between a run and its resume without changing what is computed.
 FREE_ON_RESUME = {
     "resume", "auto_resume", "start_epoch", "output_dir", "log_dir", "num_workers", "pin_mem", "print_freq", "rank",
-    "local_rank", "world_size", "distributed", "dist_url", "dist_on_itp", "save_ckpt_freq", "finetune", "use_checkpoint",
+    "local_rank", "world_size", "distributed", "dist_url", "dist_on_itp", "save_ckpt_freq", "finetune",
+    "use_checkpoint",
 }  # fmt: skip
 
 
@@ -391,10 +399,10 @@ def train(args) -> None:
     num_parameters = sum(p.numel() for p in run.mae.parameters())
     sampler_parameters = sum(p.numel() for p in run.sampler.parameters())
     log(
-        f"{args.model}: {num_parameters / 1e6:.1f} M parameters, {args.mask_type} sampler: {sampler_parameters / 1e6:.1f} M"
+        f"{args.model}: {num_parameters / 1e6:.1f} M parameters, {args.mask_type} sampler {sampler_parameters / 1e6:.1f} M"
         f"\n{run.sampler.num_tokens} tokens a clip {run.mae.grid}, {run.sampler.num_visible} visible"
-        f"\n{args.world_size} process(es) x {args.batch_size} clips x {args.accum_iter} = {effective_batch} clips a step, "
-        f"{steps_per_epoch} steps an epoch, {args.epochs} epochs"
+        f"\n{args.world_size} process(es) x {args.batch_size} clips x {args.accum_iter} = {effective_batch} clips a step"
+        f", {steps_per_epoch} steps an epoch, {args.epochs} epochs"
         f"\nlearning rate {base_lr:.3g} x {effective_batch} / 256 = {args.lr:.3g}, {warmup_steps} warm-up steps"
         f"{' (longer than the run)' if warmup_steps > recipe.total_steps else ''}; {args.device}, --amp {args.amp}"
     )

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from checkpoint import CheckpointError, load_checkpoint, load_weights, model_weights
 from datasets.transforms import HALF_MEAN, HALF_STD, IMAGENET_MEAN, IMAGENET_STD, normalize
-from datasets.video import ListError, VideoError, open_video, read_list
+from datasets.video import ListError, VideoError, read_frames, read_list
 from masking_generator import Mask, motion_energy, motion_lift
 from modeling_pretrain import normalize_patches, patchify, token_error, unpatchify
 from run_mae_pretraining import build_mae, build_sampler, check_flags, get_parser
@@ -72,11 +72,13 @@ class Trained:
 
 def read_clip(path: str, args) -> torch.Tensor:
     """The clip in the middle of a video, centre-cropped, uint8 [T, 3, S, S]."""
-    span = (args.num_frames - 1) * args.sampling_rate + 1
-    with open_video(path, args.decoder) as reader:
-        start = max((len(reader) - span) // 2, 0)
-        last = len(reader) - 1
-        frames = reader.read([min(start + i * args.sampling_rate, last) for i in range(args.num_frames)])
+
+    def choose(length: int) -> list[int]:
+        span = (args.num_frames - 1) * args.sampling_rate + 1
+        start = max((length - span) // 2, 0)
+        return [min(start + i * args.sampling_rate, length - 1) for i in range(args.num_frames)]
+
+    frames = read_frames(path, choose, args.decoder)
     clip = frames.permute(0, 3, 1, 2)
     clip = TF.resize(clip, [args.input_size], antialias=True)
     return TF.center_crop(clip, [args.input_size, args.input_size])

@@ -158,7 +158,7 @@ def _means(groups: dict[tuple[str, ...], list[Tensor]]) -> dict[str, float]:
 
 
 class Progress:
-    """Iterates a loader, timing how long each step waits for data, and prints where training stands.
+    """Iterates a loader, timing how long steps wait for data, and prints where training stands.
 
     print_freq steps a line; in a terminal one line that is rewritten.
     """
@@ -166,39 +166,40 @@ class Progress:
     def __init__(self, header: str, steps: int, print_freq: int, remaining_steps: int):
         self.header, self.steps, self.print_freq = header, steps, print_freq
         self.remaining_steps = remaining_steps  # of the whole run, at the start of this epoch
-        self.data_seconds = self.step_seconds = 0.0
-        self.window_data = self.window_step = 0.0
+        self.data_seconds = self.seconds = 0.0
+        self._open_window()
+
+    def _open_window(self) -> None:
+        self.window_start = time.perf_counter()
+        self.window_data = 0.0
         self.window_steps = self.window_clips = 0
 
     def watch(self, loader: Iterable) -> Iterator:
-        """Yields the batches of the epoch. Time inside next() is data wait, the rest is the step."""
+        """Yields the batches of the epoch; the time inside next() is data wait."""
+        self._open_window()
         iterator = iter(loader)
         for _ in range(self.steps):
             start = time.perf_counter()
             batch = next(iterator)
-            fetched = time.perf_counter()
-            yield batch
-            end = time.perf_counter()
-            self.window_data += fetched - start
-            self.window_step += end - start
+            self.window_data += time.perf_counter() - start
             self.window_steps += 1
             self.window_clips += len(batch["video"])
+            yield batch
 
     def report(self, step: int, metrics: Metrics, lr: float) -> dict[str, float]:
         """Prints and returns the means of the window that ends with this step (0-based)."""
-        values = metrics.read_window()  # waits for the device, so that the times below are true
+        values = metrics.read_window()  # waits for the device, so that the time is true
+        seconds = time.perf_counter() - self.window_start
+        self.seconds += seconds
         self.data_seconds += self.window_data
-        self.step_seconds += self.window_step
-        per_step = self.window_step / max(self.window_steps, 1)
-        left = per_step * (self.remaining_steps - step - 1)
+        per_step = seconds / self.window_steps
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         line = (
             f"{self.header} [{step + 1}/{self.steps}]  {shown}  lr {lr:.3g}  "
-            f"data {self.window_data / max(self.window_steps, 1):.3f} s  step {per_step:.3f} s  "
-            f"{self.window_clips / self.window_step:.1f} clips/s  left {format_time(left)}"
+            f"data {self.window_data / self.window_steps:.3f} s  step {per_step:.3f} s  {self.window_clips / seconds:.1f} clips/s  "
+            f"left {format_time(per_step * (self.remaining_steps - step - 1))}"
         )
-        self.window_data = self.window_step = 0.0
-        self.window_steps = self.window_clips = 0
+        self._open_window()
         if is_main_process():
             if sys.stdout.isatty():
                 print(f"\r\033[K{line}", end="\n" if step + 1 == self.steps else "", flush=True)
@@ -207,7 +208,8 @@ class Progress:
         return values
 
     def epoch_times(self) -> dict[str, float]:
-        return {"data_time": self.data_seconds / self.steps, "step_time": self.step_seconds / self.steps}
+        """Mean seconds a micro-batch."""
+        return {"data_time": self.data_seconds / self.steps, "step_time": self.seconds / self.steps}
 
 
 def format_time(seconds: float) -> str:

@@ -26,7 +26,9 @@ from run_mae_pretraining import SAMPLERS, Run, get_parser, resolve_amp
 
 # (label, flags)
 VARIANTS = [(name, ["--mask_type", name]) for name in SAMPLERS if name != "tats"]
-VARIANTS += [(f"tats {a}", ["--mask_type", "tats", "--tats_attention", a]) for a in ("orthoformer", "trajectory", "mha")]
+VARIANTS += [
+    (f"tats {a}", ["--mask_type", "tats", "--tats_attention", a]) for a in ("orthoformer", "trajectory", "mha")
+]
 VARIANTS += [("tats orthoformer, 2 passes", ["--mask_type", "tats", "--ppo_epochs", "2"])]
 
 
@@ -50,7 +52,9 @@ def main() -> None:
     parser.add_argument("--rounds", default=5, type=int)
     parser.add_argument("--steps", default=3, type=int, help="steps a round")
     flags, rest = parser.parse_known_args()
-    defaults = "--model pretrain_videomae_tiny_patch8_64 --input_size 64 --num_frames 8 --mask_ratio 0.9 --batch_size 16"
+    defaults = (
+        "--model pretrain_videomae_tiny_patch8_64 --input_size 64 --num_frames 8 --mask_ratio 0.9 --batch_size 16"
+    )
     runs = []
     for label, variant in VARIANTS:
         args = get_parser().parse_args([*defaults.split(), *rest, *variant])
@@ -72,12 +76,19 @@ def main() -> None:
                     engine_for_pretraining.train_one_epoch(run.backend, run.sampler, loader, recipe, round_number)
                 else:
                     engine_for_tats.train_one_epoch(
-                        run.backend, run.tats_backend, loader, recipe, PPOSettings(epochs=run.args.ppo_epochs), round_number
+                        run.backend,
+                        run.tats_backend,
+                        loader,
+                        recipe,
+                        PPOSettings(epochs=run.args.ppo_epochs),
+                        round_number,
                     )
             if round_number:  # an epoch ends by reading its means, which waits for the device
                 seconds[label].append((time.perf_counter() - start) / flags.steps)
-    print(f"{args.model}, batch {args.batch_size}, {args.num_frames} x {args.input_size}^2, mask ratio {args.mask_ratio}, "
-          f"{device}, --amp {args.amp}, {torch.get_num_threads()} thread(s), {flags.rounds} rounds of {flags.steps} steps")  # fmt: skip
+    print(
+        f"{args.model}, batch {args.batch_size}, {args.num_frames} x {args.input_size}^2, mask ratio {args.mask_ratio}\n"
+        f"{device}, --amp {args.amp}, {torch.get_num_threads()} thread(s), {flags.rounds} rounds of {flags.steps} steps"
+    )
     print(f"{'mask type':28s} {'ms a step':>10s} {'clips/s':>9s} {'x tube':>7s}")
     for label, times in seconds.items():
         ratio = statistics.median(t / reference for t, reference in zip(times, seconds["tube"], strict=True))

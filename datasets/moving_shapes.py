@@ -132,7 +132,7 @@ def render_clip(kind, rng, size=64, frames=32):
     """
     mean = rng.uniform(0.3, 0.7, 3)
     texture = draw_texture(rng, size, mean)
-    shapes = [draw_shape(rng, size, mean) for _ in range(rng.integers(1, 3))]
+    shapes = [draw_shape(rng, size, mean)]
     grid_y, grid_x = np.mgrid[:size, :size] + 0.5
     clip = np.repeat(paint(texture, grid_x, grid_y)[None], frames, axis=0)  # [F, S, S, 3]
     mask = np.zeros((frames, size, size), bool)

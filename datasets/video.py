@@ -207,30 +207,46 @@ def _imports(package):
     return True
 
 
-def pick_decoder(decoder, path=""):
-    """The back end's name for a path. "auto" is whichever is installed, decord first where it seeks exactly, PyAV first
-    elsewhere (twice as fast on UCF101's AVI files). Raises ImportError, naming what to install."""
+def decoders_for(path, decoder="auto"):
+    """Names of the back ends to try, in order. "auto" is those installed, decord first where it seeks exactly, PyAV
+    first elsewhere (twice as fast on UCF101's AVI files). Raises ImportError, naming what to install."""
     if decoder not in ("auto", *DECODERS):
         raise ValueError(f"unknown decoder {decoder!r}: choose from auto, {', '.join(DECODERS)}")
     names = [decoder]
     if decoder == "auto":
         names = ["decord", "pyav"] if path.lower().endswith(DecordReader.seekable) else ["pyav", "decord"]
-    for name in names:
-        if _imports(DECODERS[name].package):
-            return name
-    packages = " or ".join(DECODERS[name].package for name in names)
-    raise ImportError(f"decoder {decoder!r} is not installed: pip install {packages}")
+    installed = [name for name in names if _imports(DECODERS[name].package)]
+    if not installed:
+        packages = " or ".join(DECODERS[name].package for name in names)
+        raise ImportError(f"--decoder {decoder} is not installed: pip install {packages}")
+    return installed
 
 
 def open_video(path, decoder="auto"):
     """Opens a video with one of DECODERS, or "auto", and returns its VideoReader. Raises VideoError; ImportError."""
     if not os.path.isfile(path):
         raise VideoError(path, "no such file")
-    video = DECODERS[pick_decoder(decoder, path)](path)
+    video = DECODERS[decoders_for(path, decoder)[0]](path)
     if len(video) == 0:
         video.close()
         raise VideoError(path, "no frames")
     return video
+
+
+def read_frames(path, choose, decoder="auto"):
+    """Opens a video, asks choose(number of frames) for indices, reads them and closes it: uint8 [n, H, W, 3].
+
+    "auto" tries the other back end where the first fails (decord refuses a few widths, 48 or 72 pixels).
+    Raises: VideoError with the first one's reason.
+    """
+    errors = []
+    for name in decoders_for(path, decoder):
+        try:
+            with open_video(path, name) as video:
+                return video.read(choose(len(video)))
+        except VideoError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def clip_indices(num_video_frames, num_frames, stride, rng):
@@ -257,7 +273,7 @@ class PretrainVideoDataset(Dataset):
         self.paths, _ = read_list(list_path)
         self.num_frames, self.stride, self.num_sample = num_frames, stride, num_sample
         self.transform = transform
-        pick_decoder(decoder)  # a missing library is an error now and not in the workers
+        decoders_for(self.paths[0], decoder)  # a missing library is an error now and not in the workers
         self.decoder, self.max_retries = decoder, max_retries
 
     def __len__(self):
@@ -285,9 +301,10 @@ class PretrainVideoDataset(Dataset):
         raise VideoError(self.list_path, f"{reason} (check the list's paths, and that the files play)")
 
     def load(self, index, rng):
-        with open_video(self.paths[index], self.decoder) as video:
-            wanted = [clip_indices(len(video), self.num_frames, self.stride, rng) for _ in range(self.num_sample)]
-            frames = video.read(sum(wanted, []))  # one pass over the file for all clips
+        def choose(length):  # one pass over the file for all clips
+            return [i for _ in range(self.num_sample) for i in clip_indices(length, self.num_frames, self.stride, rng)]
+
+        frames = read_frames(self.paths[index], choose, self.decoder)
         clips = frames.permute(0, 3, 1, 2).unflatten(0, (self.num_sample, self.num_frames))
         return torch.stack([self.transform(clip, rng) for clip in clips])
 

@@ -245,3 +245,18 @@ def test_weights_that_do_not_fit_are_listed_and_not_loaded():
     assert "a.weight is (5, 2), the model has (3, 2)" in message
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda weights: weights.pop("c.bias"), "1 missing: c.bias"),
+        (lambda weights: weights.update(extra=torch.ones(1)), "1 unknown: extra"),
+        (lambda weights: weights.update({"c.bias": torch.ones(2)}), r"1 of another shape: c.bias is \(2,\)"),
+    ],
+)
+def test_each_kind_of_misfit_alone_is_refused(change, message):
+    weights = make_network().state_dict()
+    change(weights)
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(make_network(), weights, "x.pth")

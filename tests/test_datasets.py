@@ -13,7 +13,7 @@ import torch
 
 from datasets import video
 from datasets.build import EpochSampler, build_pretraining_loader
-from datasets.moving_shapes import write_dataset
+from datasets.moving_shapes import write_dataset, write_video
 from datasets.transforms import (
     HALF_MEAN,
     HALF_STD,
@@ -25,7 +25,16 @@ from datasets.transforms import (
     random_resized_crop_box,
     resize,
 )
-from datasets.video import ListError, PretrainVideoDataset, VideoError, clip_indices, collate, open_video, read_list
+from datasets.video import (
+    ListError,
+    PretrainVideoDataset,
+    VideoError,
+    clip_indices,
+    collate,
+    open_video,
+    read_frames,
+    read_list,
+)
 
 av = pytest.importorskip("av")
 BACK_ENDS = ["pyav", pytest.param("decord", marks=pytest.mark.skipif(not video._imports("decord"), reason="no decord"))]
@@ -218,21 +227,34 @@ def test_reader_rejects_bad_indices(shapes):
 
 def test_decoder_choice(monkeypatch):
     monkeypatch.setattr(video, "_imports", lambda package: True)
-    assert video.pick_decoder("auto", "a.MP4") == "decord" and video.pick_decoder("auto", "a.avi") == "pyav"
-    assert video.pick_decoder("pyav", "a.mp4") == "pyav" and video.pick_decoder("decord", "a.avi") == "decord"
+    assert video.decoders_for("a.MP4") == ["decord", "pyav"] and video.decoders_for("a.avi") == ["pyav", "decord"]
+    assert video.decoders_for("a.mp4", "pyav") == ["pyav"] and video.decoders_for("a.avi", "decord") == ["decord"]
     with pytest.raises(ValueError, match="'cv3'.*auto, decord, pyav"):
-        video.pick_decoder("cv3")
+        video.decoders_for("a.mp4", "cv3")
     monkeypatch.undo()
     video._imports.cache_clear()
     monkeypatch.setitem(sys.modules, "decord", None)  # import raises ImportError
-    assert video.pick_decoder("auto", "a.mp4") == "pyav"
+    assert video.decoders_for("a.mp4") == ["pyav"]
     with pytest.raises(ImportError, match="pip install decord"):
-        video.pick_decoder("decord")
+        video.decoders_for("a.mp4", "decord")
     monkeypatch.setitem(sys.modules, "av", None)
     video._imports.cache_clear()
     with pytest.raises(ImportError, match="pip install decord or av|pip install av or decord"):
-        video.pick_decoder("auto")
+        video.decoders_for("a.mp4")
     video._imports.cache_clear()
+
+
+def test_auto_reads_with_the_other_decoder_what_the_first_refuses(tmp_path):
+    """decord cannot copy frames of 48 pixels' width; the reason reported is the first back end's."""
+    clip = np.random.default_rng(0).integers(0, 256, (4, 48, 48, 3), dtype=np.uint8)
+    path = str(tmp_path / "narrow.mp4")
+    write_video(path, clip)
+    with pytest.raises(VideoError, match="decord"):
+        read_frames(path, lambda length: [0], "decord")
+    frames = read_frames(path, lambda length: [length - 1, 0])
+    assert torch.equal(frames, read_frames(path, lambda length: [3, 0], "pyav"))
+    with pytest.raises(VideoError, match="no such file"):
+        read_frames(str(tmp_path / "none.mp4"), lambda length: [0])
 
 
 # ------------------------------------------------------------------------------------------------- clip sampling

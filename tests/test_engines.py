@@ -115,7 +115,9 @@ def assert_same_weights(one, other):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("rollout,passes,accum_iter", [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 3, 1), (3, 2, 1), (1, 2, 2)])
+@pytest.mark.parametrize(
+    "rollout,passes,accum_iter", [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 3, 1), (3, 2, 1), (1, 2, 2)]
+)
 def test_tats_engine_is_algorithm_1(rollout, passes, accum_iter):
     """(1, 1) is the one-pass form: same weights as with the policy asked again in phase 2."""
     mae, tats = models(TATS)

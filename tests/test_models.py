@@ -404,6 +404,14 @@ def test_stochastic_depth_grows_linearly_from_zero_in_encoder_and_decoder():
         assert [getattr(block.drop_path, "drop_prob", 0.0) for block in blocks] == pytest.approx(expected)
 
 
+def test_a_dropped_path_leaves_the_residual_stream_as_it_is():
+    model, shallow = randomize(make_classifier(drop_path_rate=1.0)).train(), make_classifier(depth=1)
+    shallow.load_state_dict({name: w for name, w in model.state_dict().items() if not name.startswith("blocks.1.")})
+    video = make_input()[1]
+    torch.testing.assert_close(model(video), shallow(video))
+    assert not torch.allclose(model.eval()(video), shallow(video))
+
+
 def test_attention_scale_is_one_over_the_root_of_the_head_width_unless_given():
     x = torch.randn(1, 5, 12)
     attention = randomize(Attention(12, 3, qkv_bias=True))
@@ -413,8 +421,15 @@ def test_attention_scale_is_one_over_the_root_of_the_head_width_unless_given():
     assert not torch.allclose(randomize(Attention(12, 3, qkv_bias=True, qk_scale=1.0))(x), plain)
 
 
-def test_evaluation_is_deterministic_and_training_drops():
-    model = make_classifier(drop_path_rate=0.5, drop_rate=0.2, attn_drop_rate=0.2, fc_drop_rate=0.5)
-    video = make_input()[1]
-    assert torch.equal(model.eval()(video), model(video))
+@pytest.mark.parametrize("rate", ["drop_rate", "attn_drop_rate", "drop_path_rate", "fc_drop_rate"])
+def test_every_drop_rate_acts_in_training_alone(rate):
+    model, plain = randomize(make_classifier(**{rate: 0.5})), randomize(make_classifier())
+    video = make_input(batch=4)[1]
+    assert torch.equal(model.eval()(video), plain.train()(video))
+    torch.manual_seed(0)
     assert not torch.equal(model.train()(video), model(video))
+
+
+def test_attention_dropout_and_dropout_are_two_arguments():
+    block = make_classifier(drop_rate=0.1, attn_drop_rate=0.2).blocks[0]
+    assert (block.attn.attn_drop, block.attn.proj_drop.p, block.mlp.drop1.p, block.mlp.drop2.p) == (0.2, 0.1, 0.0, 0.1)

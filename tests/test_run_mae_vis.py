@@ -54,7 +54,8 @@ def test_reconstruction_of_raw_targets_has_no_statistics_added_back(trained):
 def test_pictures_of_a_list_with_a_second_mask(trained, capsys):
     output = trained / "pictures"
     run_mae_vis.main(
-        ["--model_path", str(trained / "tats/checkpoint-0.pth"), "--compare_path", str(trained / "adamae/checkpoint-0.pth"),
+        ["--model_path", str(trained / "tats/checkpoint-0.pth"),
+         "--compare_path", str(trained / "adamae/checkpoint-0.pth"),
          "--data_path", str(trained / "shapes/val.csv"), "--num_videos", "2", "--output_dir", str(output)]
     )  # fmt: skip
     pictures = sorted(output.glob("*.png"))

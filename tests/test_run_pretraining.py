@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from datasets.moving_shapes import write_dataset
-from run_mae_pretraining import SAMPLERS, get_parser
+from run_mae_pretraining import SAMPLERS, get_parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -31,7 +31,14 @@ def shapes(tmp_path_factory) -> Path:
 
 
 def command(data_path, *flags) -> list[str]:
-    return [sys.executable, str(ROOT / "run_mae_pretraining.py"), "--data_path", str(data_path), *TINY, *map(str, flags)]
+    return [
+        sys.executable,
+        str(ROOT / "run_mae_pretraining.py"),
+        "--data_path",
+        str(data_path),
+        *TINY,
+        *map(str, flags),
+    ]
 
 
 def run(data_path, *flags, expect=0, **kwargs) -> str:
@@ -40,6 +47,11 @@ def run(data_path, *flags, expect=0, **kwargs) -> str:
     result = subprocess.run(command(data_path, *flags), capture_output=True, text=True, env=env, timeout=300, **kwargs)
     assert result.returncode == expect, result.stderr
     return result.stderr if expect else result.stdout
+
+
+def run_here(data_path, *flags) -> None:
+    """The same in this process, where starting one adds nothing to the claim."""
+    main(command(data_path, *flags)[2:])
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -52,7 +64,8 @@ def losses(folder: Path) -> dict[int, float]:
 
 LEARNED = {
     "adamae": {"reward", "entropy", "sampling_loss"},
-    "tats": {"reward", "value", "explained_variance", "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction"},
+    "tats": {"reward", "value", "explained_variance", "policy_loss", "value_loss", "entropy", "approx_kl",
+             "clip_fraction"},
 }  # fmt: skip
 
 
@@ -87,7 +100,7 @@ def test_every_mask_type_trains_and_logs(mask_type, shapes, tmp_path):
     ids=["trajectory", "mha", "rollout", "accumulation", "data", "optimizer"],
 )  # fmt: skip
 def test_flags_of_tats_and_data(flags, shapes, tmp_path):
-    run(shapes, "--mask_type", "tats", "--tats_start_epoch", 0, "--epochs", 1, "--output_dir", tmp_path, *flags)
+    run_here(shapes, "--mask_type", "tats", "--tats_start_epoch", 0, "--epochs", 1, "--output_dir", tmp_path, *flags)
     assert read_log(tmp_path)[0]["train_loss"] > 0
 
 
@@ -95,7 +108,7 @@ def test_two_passes_leave_the_recorded_policy(shapes, tmp_path):
     """One pass at k = 1 has every ratio exactly 1; a second pass compares the moved policy with the recorded one."""
     kl = {}
     for passes in (1, 2):
-        run(shapes, "--mask_type", "tats", "--tats_start_epoch", 0, "--epochs", 1, "--ppo_epochs", passes,
+        run_here(shapes, "--mask_type", "tats", "--tats_start_epoch", 0, "--epochs", 1, "--ppo_epochs", passes,
             "--tats_lr", 0.05, "--output_dir", tmp_path / str(passes))  # fmt: skip
         kl[passes] = read_log(tmp_path / str(passes))[0]["train_approx_kl"]
     assert kl[1] == 0 and kl[2] > 0
@@ -103,7 +116,18 @@ def test_two_passes_leave_the_recorded_policy(shapes, tmp_path):
 
 @pytest.mark.parametrize("mask_type", ["tube", "adamae", "tats"])
 def test_resume_after_kill_gives_the_undisturbed_run(mask_type, shapes, tmp_path):
-    flags = ["--mask_type", mask_type, "--epochs", 4, "--tats_start_epoch", 1, "--save_ckpt_freq", 1, "--drop_path", 0.1]
+    flags = [
+        "--mask_type",
+        mask_type,
+        "--epochs",
+        4,
+        "--tats_start_epoch",
+        1,
+        "--save_ckpt_freq",
+        1,
+        "--drop_path",
+        0.1,
+    ]
     run(shapes, *flags, "--output_dir", tmp_path / "whole")
 
     killed = tmp_path / "killed"
@@ -148,9 +172,9 @@ def test_two_processes_and_accumulation_follow_one_process(mask_type, shapes, tm
     """Masks and crops belong to the clip, not to the process, so the global batch is the same. AdaMAE's sampler has
     dropout, whose draws do depend on the process: its losses agree only loosely."""
     flags = ["--mask_type", mask_type, "--epochs", 3, "--tats_start_epoch", 1]
-    run(shapes, *flags, "--output_dir", tmp_path / "one")
+    run_here(shapes, *flags, "--output_dir", tmp_path / "one")
     halves = [*flags, "--batch_size", 2]
-    run(shapes, *halves, "--accum_iter", 2, "--output_dir", tmp_path / "accumulated")
+    run_here(shapes, *halves, "--accum_iter", 2, "--output_dir", tmp_path / "accumulated")
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
@@ -164,10 +188,21 @@ def test_two_processes_and_accumulation_follow_one_process(mask_type, shapes, tm
 
 
 def test_finetune_starts_from_the_weights_of_a_checkpoint(shapes, tmp_path):
-    run(shapes, "--mask_type", "tube", "--epochs", 1, "--output_dir", tmp_path / "first")
+    run_here(shapes, "--mask_type", "tube", "--epochs", 1, "--output_dir", tmp_path / "first")
     source = tmp_path / "first" / "checkpoint-0.pth"
     tiny_lr = ["--lr", 1e-12, "--warmup_lr", 0, "--min_lr", 0, "--weight_decay", 0]
-    run(shapes, "--mask_type", "tats", "--epochs", 1, "--finetune", source, "--output_dir", tmp_path / "second", *tiny_lr)
+    run_here(
+        shapes,
+        "--mask_type",
+        "tats",
+        "--epochs",
+        1,
+        "--finetune",
+        source,
+        "--output_dir",
+        tmp_path / "second",
+        *tiny_lr,
+    )
     first, second = (torch.load(p, weights_only=True)["model"] for p in (source, tmp_path / "second/checkpoint-0.pth"))
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
 
@@ -211,8 +246,6 @@ def bad_inputs():
 
 @pytest.mark.parametrize("name,flags,text,parts", [pytest.param(*case, id=case[0]) for case in bad_inputs()])
 def test_bad_input_gets_one_clear_error(name, flags, text, parts, tmp_path, capsys, monkeypatch):
-    from run_mae_pretraining import main
-
     list_path, other = tmp_path / "list.csv", tmp_path / "other.pth"
     if text is not None:
         list_path.write_text(text)
@@ -233,7 +266,7 @@ def test_error_of_a_loader_process_is_one_line(tmp_path):
 
 
 def test_tensorboard_has_the_training_curves(shapes, tmp_path):
-    run(shapes, "--mask_type", "tats", "--tats_start_epoch", 0, "--epochs", 1, "--log_dir", tmp_path)
+    run_here(shapes, "--mask_type", "tats", "--tats_start_epoch", 0, "--epochs", 1, "--log_dir", tmp_path)
     (events,) = tmp_path.glob("events*")
     content = events.read_bytes()
     for name in (b"train/loss", b"train/motion_lift", b"train/entropy", b"train/lr"):

@@ -120,6 +120,11 @@ def test_the_actor_can_leave_the_uniform_start():
     assert tats.actor.weight.grad.abs().max() > 1e-3
 
 
+def test_tats_has_mlps_four_times_and_a_critic_once_as_wide_as_the_tokens():
+    shapes = {name: tuple(value.shape) for name, value in make_tats().state_dict().items()}
+    assert shapes["blocks.0.mlp.fc1.weight"] == (4 * DIM, DIM) and shapes["critic.0.weight"] == (DIM, DIM)
+
+
 def test_the_three_attentions_differ():
     kinds = [randomize(make_tats(attention, num_landmarks=3)) for attention in ATTENTIONS]
     assert kinds[0].state_dict().keys() == kinds[1].state_dict().keys() != kinds[2].state_dict().keys()
@@ -226,7 +231,8 @@ def test_adamae_sampler_has_adamaes_names_start_and_dropout():
     assert sampler.pos_embed_probs.shape == (1, NUM_TOKENS, DIM) and not sampler.pos_embed_probs.any()
     dropouts = {name: module.p for name, module in sampler.named_modules() if isinstance(module, nn.Dropout)}
     active = {name.removeprefix("get_token_probs.0."): p for name, p in dropouts.items() if p > 0}
-    assert active == {"attn.proj_drop": 0.1, "mlp.drop2": 0.1}
+    assert active == {"attn.proj_drop": 0.1, "mlp.drop2": 0.1} and sampler.get_token_probs[0].attn.attn_drop == 0
+    assert sampler.get_token_probs[0].mlp.fc1.weight.shape == (4 * DIM, DIM)
 
 
 def test_adamae_sampling_loss_equals_a_naive_loop():

@@ -54,7 +54,9 @@ def test_script_parses_with_the_papers_settings(path):
 
 def test_environment_and_extra_flags_override():
     path = ROOT / "scripts/ssv2/pretrain_tats.sh"
-    env = dict(DATA_PATH="l", BATCH_SIZE="8", EPOCHS="3", MASK_RATIO="0.85", OUTPUT_DIR="out", GPUS="4", NODES="2", LR="1")
+    env = dict(
+        DATA_PATH="l", BATCH_SIZE="8", EPOCHS="3", MASK_RATIO="0.85", OUTPUT_DIR="out", GPUS="4", NODES="2", LR="1"
+    )
     args, launcher = parsed(path, "--tats_lr", "0.1", **env)
     assert (args.batch_size, args.epochs, args.mask_ratio, args.output_dir, args.lr) == (8, 3, 0.85, "out", 1.0)
     assert args.tats_lr == 0.1
