@@ -1,7 +1,7 @@
 """TATS, the Trajectory-Aware Adaptive Token Sampler: an actor and a critic on trajectory attention (paper 3.2)."""
 
 import torch
-from timm.layers import Mlp, trunc_normal_
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from masking_generator import Mask, MaskSampler, gumbel_noise, split_by_score
@@ -64,9 +64,11 @@ class TATS(MaskSampler):
         self.actor = nn.Linear(dim, 1)
         self.critic = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
         self.apply(_init_weights)
-        # p = 1/N at the start. A random head would hide whole regions from the encoder for thousands of steps.
-        nn.init.zeros_(self.actor.weight)
-        nn.init.zeros_(self.actor.bias)
+        # p = 1/N at the start: a random actor would hide whole regions from the encoder for thousands of steps. V = 0 too,
+        # lest the critic's first estimates differ from clip to clip by more than the rewards do.
+        for head in (self.actor, self.critic[-1]):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
 
     def forward(self, video: Tensor, seed: Tensor | None, tokens: Tensor | None = None) -> Mask:
         x = tokens.detach() + self.pos_embed.to(tokens.dtype)
@@ -90,6 +92,6 @@ def draw(log_prob: Tensor, num_visible: int, seed: Tensor | None) -> tuple[Tenso
 
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+        nn.init.xavier_uniform_(module.weight)  # as the autoencoder; 0.02 leaves narrow attention uniform
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -128,6 +128,12 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--num_landmarks", default=128, type=int, help="Orthoformer landmarks a head")
     group.add_argument("--softmax_temp", default=1.0, type=float, help="temperature of the token probabilities")
     group.add_argument("--tats_lr", default=1.5e-6, type=float, help="constant, not scaled by the batch size")
+    group.add_argument(
+        "--tats_eps",
+        default=1e-12,
+        type=float,
+        help="AdamW's eps for TATS: 1e-8 times the coefficients' 1e-4, lest eps outweigh gradients of that size",
+    )
     group.add_argument("--tats_start_epoch", default=10, type=int, help="e: epochs of random masks before TATS")
     group.add_argument("--tats_rollout_steps", default=1, type=int, help="k: steps of the autoencoder a phase 1")
     group.add_argument("--ppo_epochs", default=1, type=int, help="passes over the recorded episodes a phase 2")
@@ -242,18 +248,18 @@ class Run:
             load_weights(self.mae, model_weights(load_checkpoint(args.finetune), args.finetune), args.finetune)
             log(f"autoencoder initialised from {args.finetune}")
         joint = AdaMAE(self.mae, self.sampler) if args.mask_type == "adamae" else self.mae
-        self.backend = self._backend(joint, args.lr, args.clip_grad)
+        self.backend = self._backend(joint, args.lr, args.opt_eps, args.clip_grad)
         self.tats_backend = None
         if args.mask_type == "tats":
-            self.tats_backend = self._backend(self.sampler, args.tats_lr, None)
+            self.tats_backend = self._backend(self.sampler, args.tats_lr, args.tats_eps, None)
         self.sampler.to(device)
 
-    def _backend(self, module: torch.nn.Module, lr: float, clip_grad: float | None) -> Backend:
+    def _backend(self, module: torch.nn.Module, lr: float, eps: float, clip_grad: float | None) -> Backend:
         args = self.args
         try:
             optimizer = create_optimizer(
                 parameter_groups(module.to(self.device), args.weight_decay),
-                args.opt, lr, args.opt_betas, args.opt_eps, args.momentum,
+                args.opt, lr, args.opt_betas, eps, args.momentum,
             )  # fmt: skip
         except ValueError as error:
             raise UsageError(str(error)) from error
@@ -396,13 +402,14 @@ def train(args) -> None:
         entropy_coef=args.entropy_coef,
         normalize_advantage=args.normalize_advantage,
     )
-    num_parameters = sum(p.numel() for p in run.mae.parameters())
-    sampler_parameters = sum(p.numel() for p in run.sampler.parameters())
+    num_parameters, sampler_parameters = (
+        sum(p.numel() for p in module.parameters()) for module in (run.mae, run.sampler)
+    )
     log(
-        f"{args.model}: {num_parameters / 1e6:.1f} M parameters, {args.mask_type} sampler {sampler_parameters / 1e6:.1f} M"
+        f"{args.model}: {num_parameters / 1e6:.1f} M parameters, {args.mask_type}: {sampler_parameters / 1e6:.1f} M"
         f"\n{run.sampler.num_tokens} tokens a clip {run.mae.grid}, {run.sampler.num_visible} visible"
-        f"\n{args.world_size} process(es) x {args.batch_size} clips x {args.accum_iter} = {effective_batch} clips a step"
-        f", {steps_per_epoch} steps an epoch, {args.epochs} epochs"
+        f"\n{args.world_size} process(es) x {args.batch_size} clips x {args.accum_iter} = {effective_batch} a step, "
+        f"{steps_per_epoch} steps an epoch, {args.epochs} epochs"
         f"\nlearning rate {base_lr:.3g} x {effective_batch} / 256 = {args.lr:.3g}, {warmup_steps} warm-up steps"
         f"{' (longer than the run)' if warmup_steps > recipe.total_steps else ''}; {args.device}, --amp {args.amp}"
     )

@@ -194,10 +194,11 @@ class Progress:
         self.data_seconds += self.window_data
         per_step = seconds / self.window_steps
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        left = per_step * (self.remaining_steps - step - 1)
         line = (
             f"{self.header} [{step + 1}/{self.steps}]  {shown}  lr {lr:.3g}  "
-            f"data {self.window_data / self.window_steps:.3f} s  step {per_step:.3f} s  {self.window_clips / seconds:.1f} clips/s  "
-            f"left {format_time(per_step * (self.remaining_steps - step - 1))}"
+            f"data {self.window_data / self.window_steps:.3f} s  step {per_step:.3f} s  "
+            f"{self.window_clips / seconds:.1f} clips/s  left {format_time(left)}"
         )
         self._open_window()
         if is_main_process():

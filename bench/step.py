@@ -86,7 +86,7 @@ def main() -> None:
             if round_number:  # an epoch ends by reading its means, which waits for the device
                 seconds[label].append((time.perf_counter() - start) / flags.steps)
     print(
-        f"{args.model}, batch {args.batch_size}, {args.num_frames} x {args.input_size}^2, mask ratio {args.mask_ratio}\n"
+        f"{args.model}, batch {args.batch_size}, {args.num_frames} x {args.input_size}^2, masked {args.mask_ratio}\n"
         f"{device}, --amp {args.amp}, {torch.get_num_threads()} thread(s), {flags.rounds} rounds of {flags.steps} steps"
     )
     print(f"{'mask type':28s} {'ms a step':>10s} {'clips/s':>9s} {'x tube':>7s}")

@@ -430,6 +430,8 @@ def test_every_drop_rate_acts_in_training_alone(rate):
     assert not torch.equal(model.train()(video), model(video))
 
 
-def test_attention_dropout_and_dropout_are_two_arguments():
-    block = make_classifier(drop_rate=0.1, attn_drop_rate=0.2).blocks[0]
-    assert (block.attn.attn_drop, block.attn.proj_drop.p, block.mlp.drop1.p, block.mlp.drop2.p) == (0.2, 0.1, 0.0, 0.1)
+def test_every_dropout_has_its_own_argument():
+    model = make_classifier(drop_rate=0.1, attn_drop_rate=0.2, fc_drop_rate=0.3)
+    attention, mlp = model.blocks[0].attn, model.blocks[0].mlp
+    assert (model.pos_drop.p, attention.proj_drop.p, mlp.drop1.p, mlp.drop2.p) == (0.1, 0.1, 0.0, 0.1)
+    assert (attention.attn_drop, model.fc_dropout.p) == (0.2, 0.3)

@@ -92,7 +92,7 @@ def run(optimizer, model, steps=10):
     return [parameter.detach() for parameter in model.parameters()]
 
 
-SETTINGS = dict(lr=0.01, betas=(0.9, 0.95), eps=1e-6)
+SETTINGS = dict(lr=0.01, betas=(0.9, 0.95), eps=1e-2)
 
 
 def test_adamw_equals_torchs_unfused_one():
@@ -205,7 +205,7 @@ def test_clipping_equals_torchs(clip_grad):
 
 
 @pytest.mark.parametrize("clip_grad", [None, 1.0])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), 1e38])  # 1e38: finite gradients whose norm is infinite
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(opt, bad, clip_grad):
     backend = make_backend(opt, clip_grad=clip_grad)
@@ -255,7 +255,7 @@ def test_fp16_overflow_is_skipped_and_lowers_the_loss_scale():
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
     with backend.autocast():
         assert backend.module(x).dtype == torch.float16
-    while backend.skipped_in_a_row or not backend.grad_norm:  # the first scale, 65536, overflows here
+    while not backend.grad_norm and backend.skipped < 10:  # the first scales, from 65536 down, overflow here
         train(backend, x)
     train(exact, x)
     assert backend.grad_norm.item() == pytest.approx(exact.grad_norm.item(), rel=0.01)  # without the loss scale
@@ -284,14 +284,25 @@ def test_schedule_scales_each_group_and_decays_those_that_decay():
 @pytest.mark.parametrize("amp", ["none", "fp16"])
 def test_training_continues_from_a_saved_state_as_if_never_stopped(amp):
     x = torch.randn(6, 6, 3, generator=torch.Generator().manual_seed(2))
-    whole, first = (make_backend("adamw", amp=amp) for _ in range(2))
+    whole, first, second = (make_backend("adamw", amp=amp) for _ in range(3))
+    for backend in (whole, first):
+        train(backend, x[0], scale=1e35)  # skipped; lowers the loss scale, which has to be restored too
     for batch in x:
         train(whole, batch)
     for batch in x[:3]:
         train(first, batch)
-    second = make_backend("adamw", lr=7.0, amp=amp)
     second.raw.load_state_dict(first.raw.state_dict())
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for batch in x[3:]:
         train(second, batch)
     assert_same(snapshot(second), snapshot(whole))
+    assert second.scaler.get_scale() == whole.scaler.get_scale()
+
+
+def test_a_resumed_run_uses_its_own_settings_and_the_saved_moments():
+    first, second = make_backend("adamw", lr=0.1), make_backend("adamw", lr=7.0)
+    train(first, torch.randn(6, 3))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert {group["lr"] for group in second.optimizer.param_groups} == {7.0}
+    moments = [[state["exp_avg"] for state in b.optimizer.state.values()] for b in (first, second)]
+    assert_same(*moments)
