@@ -64,7 +64,7 @@ class TATS(MaskSampler):
         self.actor = nn.Linear(dim, 1)
         self.critic = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
         self.apply(_init_weights)
-        # p = 1/N at the start: a random actor would hide whole regions from the encoder for thousands of steps. V = 0 too,
+        # p = 1/N at the start: a random actor would hide whole regions from the encoder for long. V = 0 too,
         # lest the critic's first estimates differ from clip to clip by more than the rewards do.
         for head in (self.actor, self.critic[-1]):
             nn.init.zeros_(head.weight)

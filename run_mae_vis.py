@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from checkpoint import CheckpointError, load_checkpoint, load_weights, model_weights
+from checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_weights, model_weights
 from datasets.transforms import HALF_MEAN, HALF_STD, IMAGENET_MEAN, IMAGENET_STD, normalize
 from datasets.video import ListError, VideoError, read_frames, read_list
 from masking_generator import Mask, motion_energy, motion_lift
@@ -28,7 +28,9 @@ from utils import UsageError
 def parse_flags(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """This script's flags, and the pre-training flags to override the checkpoint's with."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", required=True, help="checkpoint-N.pth of this project, or VideoMAE's")
+    parser.add_argument(
+        "--model_path", required=True, help="checkpoint of this project or VideoMAE's, or a run's folder"
+    )
     parser.add_argument("--compare_path", default="", help="second checkpoint, whose mask is added as the last row")
     parser.add_argument("--videos", nargs="+", default=[], help="video files")
     parser.add_argument("--data_path", default="", help="list file to take videos from instead")
@@ -42,7 +44,13 @@ class Trained:
     """A checkpoint's autoencoder and sampler, ready to look at clips."""
 
     def __init__(self, path: str, overrides: list[str]):
-        state = load_checkpoint(path)
+        if Path(path).is_dir():
+            newest = latest_checkpoint(path)
+            if newest is None:
+                raise CheckpointError(f"{path}: no checkpoint-N.pth in this folder")
+            path, state = newest
+        else:
+            state = load_checkpoint(path)
         saved = state.get("args", {})
         saved = saved if isinstance(saved, dict) else vars(saved)
         parser = get_parser()
