@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+ADAMAE_SAMPLER = ("encoder.get_token_probs.", "encoder.pos_embed_probs")
+
 
 class CheckpointError(RuntimeError):
     """Names the file and what is wrong with it."""
@@ -16,11 +18,15 @@ class CheckpointError(RuntimeError):
 def save_checkpoint(path: Path, state: dict) -> None:
     """Writes to a temporary name, flushes to disk and renames: a killed save leaves the older file whole."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk gets its space back
+        raise
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -60,7 +66,8 @@ def latest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
 
 
 def model_weights(state: dict, path: str | Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint of this project, VideoMAE, AdaMAE or Hugging Face, under VideoMAE's names."""
+    """The autoencoder's weights in a checkpoint of this project, VideoMAE, AdaMAE or Hugging Face, under VideoMAE's
+    names."""
     for key in ("model", "module", "state_dict"):
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -70,7 +77,8 @@ def model_weights(state: dict, path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: holds no weights under 'model', 'module' or at its top level")
     if any(name.startswith("videomae.") for name in weights):
         weights = from_huggingface(weights)
-    return weights
+    # AdaMAE keeps its sampler inside the encoder
+    return {name: value for name, value in weights.items() if not name.startswith(ADAMAE_SAMPLER)}
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:

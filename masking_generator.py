@@ -52,7 +52,7 @@ def uniform_noise(seed: Tensor, size: int) -> Tensor:
     for shift, multiplier in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         z = (z ^ _shift_right(z, shift)) * multiplier
     z = z ^ _shift_right(z, 31)
-    return (_shift_right(z, 12) + 0.5) * 2.0**-52
+    return (_shift_right(z, 12).double() + 0.5) * 2.0**-52
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
@@ -98,7 +98,10 @@ class MaskSampler(nn.Module):
         super().__init__()
         self.grid = grid
         self.num_tokens = grid[0] * grid[1] * grid[2]
-        self.num_visible = count_visible(self.num_tokens, mask_ratio)
+        self.num_visible = self.count_visible(mask_ratio)
+
+    def count_visible(self, mask_ratio: float) -> int:
+        return count_visible(self.num_tokens, mask_ratio)
 
     def forward(self, video: Tensor, seed: Tensor, tokens: Tensor | None = None) -> Mask:
         return Mask(*split_by_score(self.scores(video, seed), self.num_visible))
@@ -118,14 +121,15 @@ class RandomMask(MaskSampler):
 class TubeMask(MaskSampler):
     """The same random positions in every frame (VideoMAE, arXiv 2203.12602): S - int(ratio * S) visible a frame."""
 
-    def __init__(self, grid, mask_ratio):
-        super().__init__(grid, mask_ratio)
-        tokens_per_frame = grid[1] * grid[2]
-        self.num_visible = grid[0] * (tokens_per_frame - int(mask_ratio * tokens_per_frame + 1e-6))
-        if self.num_visible == self.num_tokens:
+    def count_visible(self, mask_ratio):
+        frames, rows, columns = self.grid
+        hidden = int(mask_ratio * rows * columns + 1e-6) if 0 < mask_ratio < 1 else 0
+        if not hidden:
             raise ValueError(
-                f"--mask_ratio {mask_ratio} masks no tube of the {tokens_per_frame} positions of a frame; raise it"
+                f"--mask_ratio {mask_ratio} masks none of the {rows * columns} tubes; "
+                "it must lie between 0 and 1 and be large enough for one"
             )
+        return frames * (rows * columns - hidden)
 
     def scores(self, video, seed):
         frames, rows, columns = self.grid

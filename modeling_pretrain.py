@@ -194,7 +194,7 @@ class PretrainVisionTransformer(nn.Module):
         return len(self.encoder.blocks)
 
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token", "mask_token"}
+        return {"pos_embed", "encoder.pos_embed", "cls_token", "mask_token"}
 
     def forward(self, x: Tensor, mask: Mask | Tensor, tokens: Tensor | None = None) -> Tensor:
         if isinstance(mask, Tensor):

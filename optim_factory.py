@@ -10,7 +10,7 @@ from torch import nn
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: biases, norms and the module's no_weight_decay() names without decay, the rest with it."""
     skip = module.no_weight_decay() if hasattr(module, "no_weight_decay") else set()
-    return timm.optim.param_groups_weight_decay(module, weight_decay, skip)
+    return timm.optim.param_groups_weight_decay(module, weight_decay, no_weight_decay_list=skip)
 
 
 def create_optimizer(
@@ -25,8 +25,9 @@ def create_optimizer(
 
     betas None leaves the optimizer's own default. Raises ValueError for an unknown name.
     """
-    if opt not in timm.optim.list_optimizers():
-        raise ValueError(f"--opt {opt}: unknown; one of {', '.join(timm.optim.list_optimizers())}")
+    if opt not in timm.optim.list_optimizers(exclude_filters=["bnb*", "fused*"]):  # those need apex or bitsandbytes
+        known = timm.optim.list_optimizers(exclude_filters=["bnb*", "fused*"])
+        raise ValueError(f"--opt {opt}: unknown; one of {', '.join(known)}")
     kwargs = {"betas": tuple(betas)} if betas else {}
     if opt in ("adam", "adamw"):
         kwargs["fused"] = True

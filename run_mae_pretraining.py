@@ -196,7 +196,7 @@ def check_flags(args) -> None:
                  "policy_coef", "value_coef", "entropy_coef", "adamae_coef", "color_jitter"):  # fmt: skip
         if getattr(args, name) < 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
-    if not 0 < args.mask_ratio < 1:
+    if not 0 < args.mask_ratio < 1:  # also true of nan
         raise UsageError(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1, both excluded")
     if args.finetune and args.resume:
         raise UsageError("--finetune starts a run from weights, --resume goes on with one: give one of them")

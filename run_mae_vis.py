@@ -146,17 +146,24 @@ def mask_row(trained: Trained, pixels: torch.Tensor, mask: Mask, top_k: bool) ->
 def draw_figure(rows: list[tuple[str, np.ndarray, str | None]], title: str, path: Path) -> None:
     columns = len(rows[0][1])
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(1.35 * columns + 2.4, 1.35 * len(rows) + 0.5), squeeze=False, layout="constrained"
+        len(rows),
+        columns + 1,  # the last for colour bars
+        figsize=(1.35 * columns + 2.6, 1.35 * len(rows) + 0.5),
+        width_ratios=[1] * columns + [0.08],
+        squeeze=False,
+        layout="constrained",
     )
     figure.suptitle(title, fontsize=10)
     for row, (label, frames, colours) in zip(axes, rows, strict=True):
         limits = {"vmin": 0, "vmax": np.nanmax(frames)} if colours else {}
-        for axis, frame in zip(row, frames, strict=True):
+        for axis, frame in zip(row[:-1], frames, strict=True):
             picture = axis.imshow(frame, cmap=colours, interpolation="nearest", **limits)
             axis.set(xticks=[], yticks=[], facecolor="0.85")
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         if colours:
-            figure.colorbar(picture, ax=list(row), fraction=0.02, pad=0.01).ax.tick_params(labelsize=7)
+            figure.colorbar(picture, cax=row[-1]).ax.tick_params(labelsize=7)
+        else:
+            row[-1].axis("off")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

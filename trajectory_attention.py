@@ -9,6 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def _full(x: Tensor) -> Tensor:
+    """At least float32: softmaxes and cosines keep their precision under autocast."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def trajectory_tokens(q: Tensor, k: Tensor, v: Tensor, num_frames: int) -> Tensor:
     """Eq. 1: q, k, v [B, h, N, d] -> y~ [B, N, t, D], one trajectory token a frame for every query, heads concatenated.
 
@@ -26,13 +31,14 @@ def orthogonal_landmarks(q: Tensor, num_landmarks: int) -> Tensor:
     The first is query 0 rather than a random one, so that a policy evaluated twice on the same tokens is the same
     policy (a PPO ratio compares like with like).
     """
-    unit = F.normalize(q.float(), dim=-1)
+    unit = F.normalize(_full(q), dim=-1)
     index = torch.zeros(*q.shape[:2], 1, dtype=torch.int64, device=q.device)
     picked = [index]
-    similarity = torch.zeros(q.shape[:3], device=q.device)  # largest |cosine| to the picked ones so far
+    similarity = unit.new_zeros(q.shape[:3])  # largest |cosine| to the picked ones so far
     for _ in range(min(num_landmarks, q.shape[2]) - 1):
         latest = unit.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, q.shape[-1]))  # [B, h, 1, d]
         similarity = torch.maximum(similarity, (unit @ latest.transpose(-1, -2)).squeeze(-1).abs())
+        similarity.scatter_(2, index, torch.inf)  # equal queries are not picked twice
         index = similarity.argmin(dim=2, keepdim=True)
         picked.append(index)
     return torch.cat(picked, dim=2)
@@ -49,7 +55,7 @@ def orthoformer_tokens(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_lan
     k, v = (x.unflatten(2, (num_frames, -1)) for x in (k, v))  # [B, h, t, S, d]
     summary = F.scaled_dot_product_attention(landmarks.unsqueeze(2).expand(-1, -1, num_frames, -1, -1), k, v)
     summary = summary.transpose(2, 3).flatten(3)  # [B, h, R, t*d]
-    weights = (q @ landmarks.transpose(-1, -2)).float().mul(dim**-0.5).softmax(dim=-1)  # [B, h, N, R]
+    weights = _full(q @ landmarks.transpose(-1, -2)).mul(dim**-0.5).softmax(dim=-1)  # [B, h, N, R]
     y = (weights.to(q.dtype) @ summary).unflatten(3, (num_frames, dim))  # [B, h, N, t, d]
     return y.permute(0, 2, 3, 1, 4).flatten(3)
 
@@ -98,7 +104,7 @@ class TrajectoryAttention(nn.Module):
         w_k, w_v = self.proj_kv.weight.to(q.dtype).unflatten(0, (2, heads, -1))  # each [h, d, D]
         y = y.to(q.dtype)
         scores = torch.einsum("bnhd,hdc->bnhc", q, w_k) @ y.transpose(-1, -2)  # [B, N, h, t]
-        weights = scores.float().mul(q.shape[-1] ** -0.5).softmax(dim=-1).to(q.dtype)
+        weights = _full(scores).mul(q.shape[-1] ** -0.5).softmax(dim=-1).to(q.dtype)
         if not self.project_value:
             return torch.einsum("bnht,bnthd->bnhd", weights, y.unflatten(-1, (heads, -1))).flatten(2)
         out = torch.einsum("bnhc,hdc->bnhd", weights @ y, w_v).flatten(2)

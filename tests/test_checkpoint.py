@@ -260,3 +260,9 @@ def test_each_kind_of_misfit_alone_is_refused(change, message):
     change(weights)
     with pytest.raises(CheckpointError, match=message):
         load_weights(make_network(), weights, "x.pth")
+
+
+def test_adamaes_sampler_inside_the_encoder_is_left_out():
+    weights = {"encoder.norm.weight": torch.ones(2), "encoder.get_token_probs.1.weight": torch.ones(1, 2),
+               "encoder.pos_embed_probs": torch.ones(1, 4, 2)}  # fmt: skip
+    assert set(model_weights({"model": weights}, "adamae.pth")) == {"encoder.norm.weight"}

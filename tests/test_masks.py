@@ -267,6 +267,9 @@ def test_gather_tokens_takes_each_clips_own_rows():
 @all_samplers
 @pytest.mark.parametrize("mask_ratio", [0, 1, -1, 2, 0.0, 1.0, 0.999])
 def test_ratios_that_leave_nothing_to_see_or_to_predict_are_refused(sampler_class, mask_ratio):
+    if (sampler_class, mask_ratio) == (TubeMask, 0.999):  # tubes always leave one position of a frame
+        assert TubeMask(GRID, mask_ratio).num_visible == GRID[0]
+        return
     with pytest.raises(ValueError, match="--mask_ratio"):
         sampler_class(GRID, mask_ratio)
 
