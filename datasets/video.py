@@ -18,14 +18,13 @@ MAX_SHORTFALL = 2
 
 
 class VideoError(RuntimeError):
-    """A video cannot be read; the message names the path and the reason."""
+    """A video cannot be read; the message names the path and the reason.
 
-    def __init__(self, path, reason):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = path, reason
+    Without a reason the first argument is the whole message: so a loader rebuilds the error of one of its processes.
+    """
 
-    def __reduce__(self):  # so that it travels from a loader's worker to the main process
-        return type(self), (self.path, self.reason)
+    def __init__(self, path, reason=None):
+        super().__init__(path if reason is None else f"{path}: {reason}")
 
 
 class ListError(ValueError):
