@@ -41,7 +41,11 @@ class Backend:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.module = self.raw
         if torch.distributed.is_initialized():
-            self.module = DistributedDataParallel(self.raw, device_ids=[device] if device.type == "cuda" else None)
+            self.module = DistributedDataParallel(
+                self.raw,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,  # position tables, the same everywhere
+            )
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.micro_batches = 0
         self.grad_norm = torch.zeros((), device=device)

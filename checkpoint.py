@@ -36,12 +36,14 @@ def load_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint") from None
+        raise CheckpointError(f"{path}: no such checkpoint (file or folder)") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder; give the checkpoint file inside it") from None
     except Exception as error:  # a damaged or foreign file can make the unpickler raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason[:200]})") from error
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint: damaged, or holding more than tensors, numbers, text and "
+            f"argparse.Namespace ({type(error).__name__})"
+        ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a dictionary of weights")
     return state

@@ -66,8 +66,10 @@ def masked_error(prediction: Tensor, pixels: Tensor, mask: Mask, recipe: Recipe)
 class EpochRunner:
     """The frame both engines share: progress, metrics, unreadable videos, and the check that training still moves."""
 
-    def __init__(self, recipe: Recipe, backend: Backend, epoch: int):
+    def __init__(self, recipe: Recipe, backend: Backend, epoch: int, tats: Backend | None = None):
         self.recipe, self.backend = recipe, backend
+        self.watched = {"": backend} | ({"sampler_": tats} if tats else {})
+        self.skipped_before = {name: float(b.skipped) for name, b in self.watched.items()}
         self.metrics = Metrics()
         self.steps = recipe.steps_per_epoch * backend.accum_iter
         remaining = (recipe.epochs - epoch) * self.steps
@@ -94,7 +96,7 @@ class EpochRunner:
         if self.recipe.log_writer is not None:
             for name, value in {**values, "lr": lr}.items():
                 self.recipe.log_writer.add_scalar(f"train/{name}", value, step)
-        in_a_row = int(self.backend.skipped_in_a_row)
+        in_a_row = int(max(backend.skipped_in_a_row for backend in self.watched.values()))
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UsageError(
                 f"the gradient was not finite for the last {in_a_row} optimizer steps; training cannot go on. "
@@ -107,7 +109,7 @@ class EpochRunner:
         return {
             **self.metrics.read_epoch(),
             **self.progress.epoch_times(),
-            "skipped_steps": float(self.backend.skipped),
+            **{f"{n}skipped_steps": float(b.skipped) - self.skipped_before[n] for n, b in self.watched.items()},
             "unreadable_videos": self.num_failed,
         }
 
@@ -135,8 +137,9 @@ def train_one_epoch(
             values |= sampler_metrics(mask, error) | {"sampling_loss": sampling}
             loss = loss + sampling
         backend.backward(loss)
-        backend.step()
-        runner.metrics.update(**values, grad_norm=backend.grad_norm)
+        runner.metrics.update(**values)
+        if backend.step():
+            runner.metrics.update(grad_norm=backend.grad_norm)
         runner.log_step(index, step, lr)
     return runner.finish()
 

@@ -33,7 +33,7 @@ def train_one_epoch(
     """
     mae.raw.train()
     tats.raw.train()
-    runner = EpochRunner(recipe, mae, epoch)
+    runner = EpochRunner(recipe, mae, epoch, tats)
     one_pass = settings.rollout_steps == 1 and settings.epochs == 1
     buffer: list[ppo.Episode] = []
     for index, step, batch in runner.batches(loader):
@@ -49,6 +49,8 @@ def train_one_epoch(
         loss = error.mean()
         mae.backward(loss)
         stepped = mae.step()
+        if stepped:
+            runner.metrics.update(grad_norm=mae.grad_norm)
 
         old_log_prob = mask.log_prob.detach().gather(1, mask.masked)
         episode = ppo.Episode(tokens, mask.masked, old_log_prob, error.detach(), mask.value.detach())
@@ -56,7 +58,6 @@ def train_one_epoch(
             loss=loss,
             motion_lift=motion_lift(motion_energy(video, recipe.grid), mask.visible),
             value=mask.value.mean(),
-            grad_norm=mae.grad_norm,
             **sampler_metrics(mask, error),
         )
         if one_pass:
@@ -92,5 +93,6 @@ def _update(tats: Backend, log_prob, value, episode: ppo.Episode, settings: PPOS
         normalize_advantage=settings.normalize_advantage,
     )
     tats.backward(loss)
-    tats.step()
-    runner.metrics.update(**diagnostics, sampler_grad_norm=tats.grad_norm)
+    runner.metrics.update(**diagnostics)
+    if tats.step():
+        runner.metrics.update(sampler_grad_norm=tats.grad_norm)

@@ -98,9 +98,10 @@ class MaskSampler(nn.Module):
         super().__init__()
         self.grid = grid
         self.num_tokens = grid[0] * grid[1] * grid[2]
-        self.num_visible = self.count_visible(mask_ratio)
+        self.num_visible = self.visible_at(mask_ratio)
 
-    def count_visible(self, mask_ratio: float) -> int:
+    def visible_at(self, mask_ratio: float) -> int:
+        """N_v, the same for every clip."""
         return count_visible(self.num_tokens, mask_ratio)
 
     def forward(self, video: Tensor, seed: Tensor, tokens: Tensor | None = None) -> Mask:
@@ -121,7 +122,7 @@ class RandomMask(MaskSampler):
 class TubeMask(MaskSampler):
     """The same random positions in every frame (VideoMAE, arXiv 2203.12602): S - int(ratio * S) visible a frame."""
 
-    def count_visible(self, mask_ratio):
+    def visible_at(self, mask_ratio):
         frames, rows, columns = self.grid
         hidden = int(mask_ratio * rows * columns + 1e-6) if 0 < mask_ratio < 1 else 0
         if not hidden:

@@ -32,6 +32,7 @@ from optim_factory import create_optimizer, parameter_groups
 from utils import (
     UsageError,
     append_json_line,
+    drop_epochs_from,
     format_time,
     init_distributed,
     is_main_process,
@@ -89,8 +90,13 @@ def get_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--print_freq", default=20, type=int, help="micro-batches between progress lines")
     group.add_argument("--output_dir", default="", help="folder for checkpoints, log.txt and args.json; empty: none")
-    group.add_argument("--log_dir", default=None, help="folder for tensorboard files; default: none")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    group.add_argument("--log_dir", default=None, help="folder for tensorboard files")
+    group.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=["cuda", "cpu"],
+        help="cuda where torch sees a GPU",
+    )
     group.add_argument("--seed", default=0, type=int, help="decides weights, data order, crops and masks")
     group.add_argument("--resume", default="", help="checkpoint of this script to go on from")
     group.add_argument(
@@ -113,9 +119,11 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--use_checkpoint", default=False, action=switch, help="recompute blocks: less memory, slower")
 
     group = parser.add_argument_group("masks and target")
-    group.add_argument("--mask_type", default="tube", choices=list(SAMPLERS))
+    group.add_argument("--mask_type", default="tube", choices=list(SAMPLERS),
+                       type=lambda name: "adamae" if name == "learnable" else name,
+                       help="learnable, AdaMAE's own name, means adamae")  # fmt: skip
     group.add_argument("--mask_ratio", default=0.75, type=float, help="share of the tokens hidden from the encoder")
-    group.add_argument("--loss", default="mse", choices=["mse", "l1"])
+    group.add_argument("--loss", default="mse", choices=["mse", "l1"], help="of prediction and target")
     group.add_argument(
         "--normalize_target", default=True, action=switch, help="each colour of each token to mean 0, deviation 1"
     )
@@ -123,10 +131,12 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--adamae_coef", default=1e-4, type=float, help="weight of AdaMAE's sampling loss")
 
     group = parser.add_argument_group("TATS and PPO")
-    group.add_argument("--tats_attention", default="orthoformer", choices=list(ATTENTIONS))
-    group.add_argument("--tats_blocks", default=1, type=int)
+    group.add_argument(
+        "--tats_attention", default="orthoformer", choices=list(ATTENTIONS), help="trajectory is exact, mha plain"
+    )
+    group.add_argument("--tats_blocks", default=1, type=int, help="transformer blocks of TATS")
     group.add_argument("--num_landmarks", default=128, type=int, help="Orthoformer landmarks a head")
-    group.add_argument("--softmax_temp", default=1.0, type=float, help="temperature of the token probabilities")
+    group.add_argument("--softmax_temp", default=1.0, type=float, help="temperature of TATS's token probabilities")
     group.add_argument("--tats_lr", default=1.5e-6, type=float, help="constant, not scaled by the batch size")
     group.add_argument(
         "--tats_eps",
@@ -137,24 +147,24 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--tats_start_epoch", default=10, type=int, help="e: epochs of random masks before TATS")
     group.add_argument("--tats_rollout_steps", default=1, type=int, help="k: steps of the autoencoder a phase 1")
     group.add_argument("--ppo_epochs", default=1, type=int, help="passes over the recorded episodes a phase 2")
-    group.add_argument("--ppo_clip", default=0.2, type=float)
+    group.add_argument("--ppo_clip", default=0.2, type=float, help="of the probability ratio")
     group.add_argument("--policy_coef", default=1e-4, type=float, help="c_p")
     group.add_argument("--value_coef", default=1e-4, type=float, help="c_v")
     group.add_argument("--entropy_coef", default=1e-4, type=float, help="c_e")
-    group.add_argument("--normalize_advantage", default=False, action=switch)
+    group.add_argument("--normalize_advantage", default=False, action=switch, help="over the batch")
 
     group = parser.add_argument_group("optimizer")
-    group.add_argument("--opt", default="adamw", help="any optimizer of timm")
-    group.add_argument("--opt_eps", default=1e-8, type=float)
+    group.add_argument("--opt", default="adamw", help="an optimizer of timm")
+    group.add_argument("--opt_eps", default=1e-8, type=float, help="of the autoencoder's optimizer")
     group.add_argument("--opt_betas", default=None, type=float, nargs="+", help="default: the optimizer's own")
     group.add_argument("--clip_grad", default=None, type=float, help="gradient norm; default: no clipping")
     group.add_argument("--momentum", default=0.9, type=float, help="of SGD and its kin")
-    group.add_argument("--weight_decay", default=0.05, type=float)
+    group.add_argument("--weight_decay", default=0.05, type=float, help="of matrices; biases and norms have none")
     group.add_argument("--weight_decay_end", default=None, type=float, help="cosine to this value; default: constant")
     group.add_argument("--lr", default=1.5e-4, type=float, help="for 256 clips a step; scaled by effective batch / 256")
     group.add_argument("--warmup_lr", default=1e-6, type=float, help="at the first step; scaled like --lr")
     group.add_argument("--min_lr", default=1e-5, type=float, help="at the end; scaled like --lr")
-    group.add_argument("--warmup_epochs", default=40, type=int)
+    group.add_argument("--warmup_epochs", default=40, type=int, help="of linearly rising learning rate")
     group.add_argument("--warmup_steps", default=-1, type=int, help="0 or more: overrides --warmup_epochs")
 
     group = parser.add_argument_group("data")
@@ -163,22 +173,31 @@ def get_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--sampling_rate", default=4, type=int, help="frames between two frames of a clip")
     group.add_argument("--num_sample", default=1, type=int, help="clips from one decode of a video")
-    group.add_argument("--crop", default="multiscale", choices=["multiscale", "random_resized"])
-    group.add_argument("--train_interpolation", default="bicubic", choices=["random", "bilinear", "bicubic"])
-    group.add_argument("--color_jitter", default=0.0, type=float)
+    group.add_argument(
+        "--crop", default="multiscale", choices=["multiscale", "random_resized"], help="random crop of a clip"
+    )
+    group.add_argument(
+        "--train_interpolation", default="bicubic", choices=["random", "bilinear", "bicubic"], help="of the resize"
+    )
+    group.add_argument("--color_jitter", default=0.0, type=float, help="strength; 0: none")
     group.add_argument(
         "--imagenet_default_mean_and_std", default=True, action=switch, help="input statistics; else 0.5 and 0.5"
     )
-    group.add_argument("--decoder", default="auto", choices=["auto", *DECODERS], help="auto: decord if it is there")
+    group.add_argument(
+        "--decoder",
+        default="auto",
+        choices=["auto", *DECODERS],
+        help="auto: the faster one that is installed, then the other",
+    )
     group.add_argument("--num_workers", default=10, type=int, help="loader processes")
     group.add_argument("--pin_mem", default=True, action=switch, help="page-locked batches for faster copies to a GPU")
     group.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)
 
     group = parser.add_argument_group("processes (set by torchrun, mpirun or srun)")
-    group.add_argument("--world_size", default=1, type=int)
-    group.add_argument("--local_rank", default=-1, type=int)
+    group.add_argument("--world_size", default=1, type=int, help="read where RANK is set and WORLD_SIZE is not")
+    group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="read where LOCAL_RANK is not set")
     group.add_argument("--dist_on_itp", default=False, action=switch, help="read Open MPI's variables")
-    group.add_argument("--dist_url", default="env://")
+    group.add_argument("--dist_url", default="env://", help="rendezvous")
     return parser
 
 
@@ -193,9 +212,17 @@ def check_flags(args) -> None:
         if getattr(args, name) <= 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must be greater than 0")
     for name in ("min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "tats_start_epoch", "num_workers",
-                 "policy_coef", "value_coef", "entropy_coef", "adamae_coef", "color_jitter"):  # fmt: skip
+                 "policy_coef", "value_coef", "entropy_coef", "adamae_coef", "color_jitter", "seed", "start_epoch",
+                 "opt_eps", "tats_eps"):  # fmt: skip
         if getattr(args, name) < 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
+    for name in ("patch_size", "clip_grad"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be greater than 0; leave it out for the default")
+    if args.opt_betas is not None and not (len(args.opt_betas) == 2 and all(0 <= b < 1 for b in args.opt_betas)):
+        raise UsageError(f"--opt_betas {args.opt_betas}: two numbers of at least 0 and less than 1")
+    if not 0 <= args.drop_path < 1:
+        raise UsageError(f"--drop_path {args.drop_path}: must be at least 0 and less than 1")
     if not 0 < args.mask_ratio < 1:  # also true of nan
         raise UsageError(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1, both excluded")
     if args.finetune and args.resume:
@@ -234,7 +261,9 @@ def build_sampler(args, mae: torch.nn.Module) -> MaskSampler:
 
 def resolve_amp(args) -> None:
     if args.amp == "auto":
-        args.amp = "bf16" if args.device == "cuda" and torch.cuda.is_bf16_supported() else "none"
+        args.amp = (
+            "bf16" if args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "none"
+        )
 
 
 class Run:
@@ -244,17 +273,21 @@ class Run:
         self.args, self.device = args, device
         self.mae = build_mae(args)
         self.sampler = build_sampler(args, self.mae)
+        self.warmup_sampler = RandomMask(self.mae.grid, args.mask_ratio) if args.mask_type == "tats" else None
         if args.finetune:
             load_weights(self.mae, model_weights(load_checkpoint(args.finetune), args.finetune), args.finetune)
             log(f"autoencoder initialised from {args.finetune}")
         joint = AdaMAE(self.mae, self.sampler) if args.mask_type == "adamae" else self.mae
-        self.backend = self._backend(joint, args.lr, args.opt_eps, args.clip_grad)
+        self.backend = self._backend(joint, args.lr, args.opt_eps, args.clip_grad, args.amp)
         self.tats_backend = None
         if args.mask_type == "tats":
-            self.tats_backend = self._backend(self.sampler, args.tats_lr, args.tats_eps, None)
+            # A ratio of two evaluations would be mostly rounding in bf16: only the one-pass form may use it.
+            one_pass = args.tats_rollout_steps == args.ppo_epochs == 1
+            amp = args.amp if one_pass else "none"
+            self.tats_backend = self._backend(self.sampler, args.tats_lr, args.tats_eps, None, amp)
         self.sampler.to(device)
 
-    def _backend(self, module: torch.nn.Module, lr: float, eps: float, clip_grad: float | None) -> Backend:
+    def _backend(self, module: torch.nn.Module, lr: float, eps: float, clip_grad: float | None, amp: str) -> Backend:
         args = self.args
         try:
             optimizer = create_optimizer(
@@ -263,7 +296,7 @@ class Run:
             )  # fmt: skip
         except ValueError as error:
             raise UsageError(str(error)) from error
-        return Backend(module, optimizer, self.device, args.amp, args.accum_iter, clip_grad)
+        return Backend(module, optimizer, self.device, amp, args.accum_iter, clip_grad)
 
     def state(self, epoch: int, step: int) -> dict:
         """What checkpoint-N.pth holds; `model` has VideoMAE's names and nothing of the sampler."""
@@ -357,9 +390,7 @@ def train(args) -> None:
             "lower it or --batch_size"
         )
     effective_batch = args.batch_size * args.accum_iter * args.world_size
-    base_lr = args.lr
-    for name in ("lr", "min_lr", "warmup_lr"):
-        setattr(args, name, getattr(args, name) * effective_batch / 256)
+    scale = effective_batch / 256
     run = Run(args, device)
     seed_everything(args.seed + args.rank)  # dropout and stochastic depth differ between ranks
 
@@ -367,8 +398,11 @@ def train(args) -> None:
     log_writer = None
     if is_main_process():
         if output:
-            output.mkdir(parents=True, exist_ok=True)
-            write_run_description(output, args)
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+                write_run_description(output, args)
+            except OSError as error:
+                raise UsageError(f"--output_dir {output}: cannot be written ({error.strerror})") from error
         if args.log_dir:
             from tensorboardX import SummaryWriter
 
@@ -382,9 +416,9 @@ def train(args) -> None:
         std=torch.tensor(std, device=device),
         loss=args.loss,
         normalize_target=args.normalize_target,
-        lr=args.lr,
-        min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr,
+        lr=args.lr * scale,
+        min_lr=args.min_lr * scale,
+        warmup_lr=args.warmup_lr * scale,
         weight_decay=args.weight_decay,
         weight_decay_end=args.weight_decay_end,
         warmup_steps=warmup_steps,
@@ -410,15 +444,16 @@ def train(args) -> None:
         f"\n{run.sampler.num_tokens} tokens a clip {run.mae.grid}, {run.sampler.num_visible} visible"
         f"\n{args.world_size} process(es) x {args.batch_size} clips x {args.accum_iter} = {effective_batch} a step, "
         f"{steps_per_epoch} steps an epoch, {args.epochs} epochs"
-        f"\nlearning rate {base_lr:.3g} x {effective_batch} / 256 = {args.lr:.3g}, {warmup_steps} warm-up steps"
+        f"\nlearning rate {args.lr:.3g} x {effective_batch} / 256 = {recipe.lr:.3g}, {warmup_steps} warm-up steps"
         f"{' (longer than the run)' if warmup_steps > recipe.total_steps else ''}; {args.device}, --amp {args.amp}"
     )
 
     first_epoch = resume(run, args)
+    if output and is_main_process():
+        drop_epochs_from(output / "log.txt", first_epoch)
     if first_epoch >= args.epochs:
         log(f"nothing to do: {args.epochs} epochs are finished")
         return
-    warmup_sampler = RandomMask(run.mae.grid, args.mask_ratio)
     start = time.time()
     for epoch in range(first_epoch, args.epochs):
         loader.sampler.set_epoch(epoch)
@@ -427,7 +462,7 @@ def train(args) -> None:
                 run.backend, run.sampler, loader, recipe, epoch, args.adamae_coef
             )
         elif epoch < args.tats_start_epoch:
-            stats = engine_for_pretraining.train_one_epoch(run.backend, warmup_sampler, loader, recipe, epoch)
+            stats = engine_for_pretraining.train_one_epoch(run.backend, run.warmup_sampler, loader, recipe, epoch)
         else:
             stats = engine_for_tats.train_one_epoch(run.backend, run.tats_backend, loader, recipe, settings, epoch)
         last = epoch + 1 == args.epochs

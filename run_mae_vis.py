@@ -27,7 +27,9 @@ from utils import UsageError
 
 def parse_flags(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """This script's flags, and the pre-training flags to override the checkpoint's with."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--model_path", required=True, help="checkpoint of this project or VideoMAE's, or a run's folder"
     )
@@ -56,7 +58,7 @@ class Trained:
         parser = get_parser()
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**{name: value for name, value in saved.items() if name in known})
-        self.args = parser.parse_args([*overrides, "--device", "cpu"])
+        self.args = parser.parse_args([*overrides, "--device", "cpu", "--amp", "none"])
         check_flags(self.args)
         self.mae = build_mae(self.args).eval()
         weights = model_weights(state, path)

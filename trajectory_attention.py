@@ -52,9 +52,9 @@ def orthoformer_tokens(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_lan
     batch, heads, _, dim = q.shape
     index = orthogonal_landmarks(q, num_landmarks)
     landmarks = q.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, dim))  # [B, h, R, d]
-    k, v = (x.unflatten(2, (num_frames, -1)) for x in (k, v))  # [B, h, t, S, d]
-    summary = F.scaled_dot_product_attention(landmarks.unsqueeze(2).expand(-1, -1, num_frames, -1, -1), k, v)
-    summary = summary.transpose(2, 3).flatten(3)  # [B, h, R, t*d]
+    k, v = (x.unflatten(2, (num_frames, -1)).flatten(1, 2) for x in (k, v))  # [B, h*t, S, d]: fused kernels take 4-D
+    summary = F.scaled_dot_product_attention(landmarks.repeat_interleave(num_frames, dim=1), k, v)
+    summary = summary.unflatten(1, (heads, num_frames)).transpose(2, 3).flatten(3)  # [B, h, R, t*d]
     weights = _full(q @ landmarks.transpose(-1, -2)).mul(dim**-0.5).softmax(dim=-1)  # [B, h, N, R]
     y = (weights.to(q.dtype) @ summary).unflatten(3, (num_frames, dim))  # [B, h, N, t, d]
     return y.permute(0, 2, 3, 1, 4).flatten(3)

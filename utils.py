@@ -1,8 +1,10 @@
 """Processes, seeds, metrics and the files a run writes."""
 
 import json
+import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -52,6 +54,11 @@ def init_distributed(args) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here; use --device cpu")
     if args.device == "cuda":
+        devices = torch.cuda.device_count()
+        if "SLURM_PROCID" in env:  # Slurm may show each task its own GPU only
+            args.local_rank %= devices
+        if args.local_rank >= devices:
+            raise UsageError(f"process {args.local_rank} of this node has no GPU of its own: torch sees {devices}")
         torch.cuda.set_device(args.local_rank)
     if args.distributed:
         dist.init_process_group(
@@ -194,15 +201,17 @@ class Progress:
         self.data_seconds += self.window_data
         per_step = seconds / self.window_steps
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        world = dist.get_world_size() if dist.is_initialized() else 1
         left = per_step * (self.remaining_steps - step - 1)
         line = (
             f"{self.header} [{step + 1}/{self.steps}]  {shown}  lr {lr:.3g}  "
             f"data {self.window_data / self.window_steps:.3f} s  step {per_step:.3f} s  "
-            f"{self.window_clips / seconds:.1f} clips/s  left {format_time(left)}"
+            f"{self.window_clips * world / seconds:.1f} clips/s  left {format_time(left)}"
         )
         self._open_window()
         if is_main_process():
             if sys.stdout.isatty():
+                line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be rewritten
                 print(f"\r\033[K{line}", end="\n" if step + 1 == self.steps else "", flush=True)
             else:
                 print(line, flush=True)
@@ -246,4 +255,14 @@ def write_run_description(folder: Path, args) -> None:
 def append_json_line(path: Path, record: dict) -> None:
     """log.txt as VideoMAE writes it: one JSON object a line."""
     with open(path, "a") as file:
+        record = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
         file.write(json.dumps(record) + "\n")
+
+
+def drop_epochs_from(path: Path, epoch: int) -> None:
+    """Removes what a killed run logged of epochs that are about to be run again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["epoch"] < epoch]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temporary, path)

@@ -67,6 +67,8 @@ def build_pretraining_loader(args, rank=0, world_size=1):
         drop_last=True,
         persistent_workers=args.num_workers > 0,
         worker_init_fn=_one_thread,
+        # torch draws a seed for the workers: from here, so that the training process's random state is its own
+        generator=torch.Generator().manual_seed(args.seed),
     )
 
 

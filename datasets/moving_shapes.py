@@ -1,4 +1,4 @@
-"""The embedded data set: textured shapes that move over a still textured background; the label is the kind of motion.
+"""The embedded data set: a textured shape moves over a still textured background; the label is the kind of motion.
 
     python -m datasets.moving_shapes --output DIR
 
@@ -132,21 +132,18 @@ def render_clip(kind, rng, size=64, frames=32):
     """
     mean = rng.uniform(0.3, 0.7, 3)
     texture = draw_texture(rng, size, mean)
-    shapes = [draw_shape(rng, size, mean)]
+    shape = draw_shape(rng, size, mean)
     grid_y, grid_x = np.mgrid[:size, :size] + 0.5
     clip = np.repeat(paint(texture, grid_x, grid_y)[None], frames, axis=0)  # [F, S, S, 3]
-    mask = np.zeros((frames, size, size), bool)
-    for shape in shapes:
-        x, y, turn = (a[:, None, None] for a in path_of(shape, kind, frames))
-        dx = (grid_x - x + size / 2) % size - size / 2  # [F, S, S], the nearest copy on the torus
-        dy = (grid_y - y + size / 2) % size - size / 2
-        own_x, own_y = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
-        cover = np.clip(0.5 + signed_distance(shape["outline"], own_x, own_y, shape["radius"]), 0, 1)
-        near = cover > 0  # about a tenth of the pixels: paint only these
-        alpha = cover[near][:, None]
-        clip[near] = (1 - alpha) * clip[near] + alpha * paint(shape["texture"], own_x[near], own_y[near])
-        mask |= cover > 0.5
-    return np.round(np.clip(clip, 0, 1) * 255).astype(np.uint8), mask
+    x, y, turn = (a[:, None, None] for a in path_of(shape, kind, frames))
+    dx = (grid_x - x + size / 2) % size - size / 2  # [F, S, S], the nearest copy on the torus
+    dy = (grid_y - y + size / 2) % size - size / 2
+    own_x, own_y = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
+    cover = np.clip(0.5 + signed_distance(shape["outline"], own_x, own_y, shape["radius"]), 0, 1)
+    near = cover > 0  # a small part of the pixels: paint only these
+    alpha = cover[near][:, None]
+    clip[near] = (1 - alpha) * clip[near] + alpha * paint(shape["texture"], own_x[near], own_y[near])
+    return np.round(np.clip(clip, 0, 1) * 255).astype(np.uint8), cover > 0.5
 
 
 # ------------------------------------------------------------------------------------------------------- writing
