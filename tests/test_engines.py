@@ -221,3 +221,15 @@ def test_no_step_waits_for_the_device(monkeypatch):
     backends = backend(mae, 1e-3, **fused), backend(tats, 1e-3, **fused)
     engine_for_tats.train_one_epoch(*backends, Counting(), recipe, PPOSettings(), epoch=0)
     assert counts[-1] == counts[1], reads  # the first step may set things up, the last prints
+
+
+def test_sampler_steps_that_are_not_finite_are_counted_and_stop_training(monkeypatch):
+    mae, tats = models(TATS)
+    with torch.no_grad():
+        tats.critic[-1].bias.fill_(float("nan"))
+    backends = backend(mae, LR), backend(tats, TATS_LR)
+    stats = engine_for_tats.train_one_epoch(*backends, Batches(), recipe_for(mae), PPOSettings(), epoch=0)
+    assert (stats["skipped_steps"], stats["sampler_skipped_steps"]) == (0, STEPS)
+    monkeypatch.setattr(engine_for_pretraining, "MAX_SKIPPED_IN_A_ROW", STEPS)
+    with pytest.raises(engine_for_pretraining.UsageError, match="not finite"):
+        engine_for_tats.train_one_epoch(*backends, Batches(), recipe_for(mae), PPOSettings(), epoch=0)

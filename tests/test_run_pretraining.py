@@ -128,6 +128,7 @@ def test_resume_after_kill_gives_the_undisturbed_run(mask_type, shapes, tmp_path
         "--drop_path",
         0.1,
     ]
+    flags += ["--num_workers", 1]  # starting a loader must not move the process's own random state
     run(shapes, *flags, "--output_dir", tmp_path / "whole")
 
     killed = tmp_path / "killed"
@@ -145,6 +146,7 @@ def test_resume_after_kill_gives_the_undisturbed_run(mask_type, shapes, tmp_path
     assert "resumed after epoch 1" in output
 
     assert losses(killed) == losses(tmp_path / "whole")
+    assert [record["epoch"] for record in read_log(killed)] == [0, 1, 2, 3]
     states = [torch.load(f / "checkpoint-3.pth", weights_only=True) for f in (killed, tmp_path / "whole")]
     for key in {"model", mask_type} & set(states[0]):
         for name, value in states[0][key].items():
@@ -235,6 +237,13 @@ def bad_inputs():
     yield "batch and samples", ["--num_sample", "3"], "a.mp4 0\n" * 8, ["--batch_size", "--num_sample"]
     yield "accumulation", ["--accum_iter", "9"], "a.mp4 0\n" * 8, ["--accum_iter 9"]
     yield "zero epochs", ["--epochs", "0"], "a.mp4 0\n" * 8, ["--epochs 0"]
+    yield "clipping below 0", ["--clip_grad", "-1"], "a.mp4 0\n" * 8, ["--clip_grad -1"]
+    yield "negative seed", ["--seed", "-1"], "a.mp4 0\n" * 8, ["--seed -1"]
+    yield "one beta", ["--opt_betas", "0.9"], "a.mp4 0\n" * 8, ["--opt_betas"]
+    yield "beta of 1.5", ["--opt_betas", "0.9", "1.5"], "a.mp4 0\n" * 8, ["--opt_betas"]
+    yield "drop path", ["--drop_path", "1.5"], "a.mp4 0\n" * 8, ["--drop_path 1.5"]
+    yield "patch size", ["--patch_size", "0"], "a.mp4 0\n" * 8, ["--patch_size 0"]
+    yield "output is a file", ["--output_dir", "LIST"], "a.mp4 0\n" * 8, ["--output_dir", "cannot be written"]
     yield "negative rate", ["--lr", "-1"], "a.mp4 0\n" * 8, ["--lr -1"]
     yield "no checkpoint", ["--resume", "no.pth"], "a.mp4 0\n" * 8, ["no.pth", "no such checkpoint"]
     yield "not a checkpoint", ["--resume", "LIST"], "a.mp4 0\n" * 8, ["list.csv", "not a readable checkpoint"]
@@ -289,3 +298,16 @@ def test_killed_while_saving_keeps_the_older_checkpoint(shapes, tmp_path):
     (tmp_path / "checkpoint-1.pth.tmp").write_bytes(b"half a file")
     assert "resumed after epoch 0" in run(shapes, *flags)
     assert time.time() - (tmp_path / "checkpoint-1.pth").stat().st_mtime < 60
+
+
+def test_flags_are_recorded_as_given(shapes, tmp_path):
+    """The scaled learning rate belongs to the run; replaying args.json must not scale twice."""
+    run_here(shapes, "--mask_type", "random", "--epochs", 1, "--output_dir", tmp_path)
+    assert json.loads((tmp_path / "args.json").read_text())["args"]["lr"] == 0.01
+    assert torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)["args"]["lr"] == 0.01
+    assert read_log(tmp_path)[0]["train_skipped_steps"] == 0
+
+
+def test_old_spellings_are_understood():
+    args = get_parser().parse_args(["--mask_type", "learnable", "--local-rank=1", "--no_pin_mem", "--no_auto_resume"])
+    assert (args.mask_type, args.local_rank, args.pin_mem, args.auto_resume) == ("adamae", 1, False, False)
