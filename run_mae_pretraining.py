@@ -259,6 +259,18 @@ def build_sampler(args, mae: torch.nn.Module) -> MaskSampler:
         raise UsageError(str(error)) from error
 
 
+def ppo_settings(args) -> PPOSettings:
+    return PPOSettings(
+        rollout_steps=args.tats_rollout_steps,
+        epochs=args.ppo_epochs,
+        clip=args.ppo_clip,
+        policy_coef=args.policy_coef,
+        value_coef=args.value_coef,
+        entropy_coef=args.entropy_coef,
+        normalize_advantage=args.normalize_advantage,
+    )
+
+
 def resolve_amp(args) -> None:
     if args.amp == "auto":
         args.amp = (
@@ -427,15 +439,6 @@ def train(args) -> None:
         print_freq=args.print_freq,
         log_writer=log_writer,
     )
-    settings = PPOSettings(
-        rollout_steps=args.tats_rollout_steps,
-        epochs=args.ppo_epochs,
-        clip=args.ppo_clip,
-        policy_coef=args.policy_coef,
-        value_coef=args.value_coef,
-        entropy_coef=args.entropy_coef,
-        normalize_advantage=args.normalize_advantage,
-    )
     num_parameters, sampler_parameters = (
         sum(p.numel() for p in module.parameters()) for module in (run.mae, run.sampler)
     )
@@ -464,7 +467,9 @@ def train(args) -> None:
         elif epoch < args.tats_start_epoch:
             stats = engine_for_pretraining.train_one_epoch(run.backend, run.warmup_sampler, loader, recipe, epoch)
         else:
-            stats = engine_for_tats.train_one_epoch(run.backend, run.tats_backend, loader, recipe, settings, epoch)
+            stats = engine_for_tats.train_one_epoch(
+                run.backend, run.tats_backend, loader, recipe, ppo_settings(args), epoch
+            )
         last = epoch + 1 == args.epochs
         if output and (last or (epoch + 1) % args.save_ckpt_freq == 0):
             state = run.state(epoch, (epoch + 1) * steps_per_epoch)  # every rank gives its random state

@@ -21,8 +21,7 @@ import torch
 import engine_for_pretraining
 import engine_for_tats
 from engine_for_pretraining import Recipe
-from engine_for_tats import PPOSettings
-from run_mae_pretraining import SAMPLERS, Run, get_parser, resolve_amp
+from run_mae_pretraining import SAMPLERS, Run, get_parser, ppo_settings, resolve_amp
 
 # (label, flags)
 VARIANTS = [(name, ["--mask_type", name]) for name in SAMPLERS if name != "tats"]
@@ -64,7 +63,16 @@ def main() -> None:
         torch.manual_seed(0)
         run = Run(args, device)
         half = torch.full((3,), 0.5, device=device)
-        recipe = Recipe(run.mae.grid, half, half, steps_per_epoch=flags.steps, epochs=10**6, print_freq=10**9)
+        recipe = Recipe(
+            run.mae.grid,
+            half,
+            half,
+            args.loss,
+            args.normalize_target,
+            steps_per_epoch=flags.steps,
+            epochs=10**6,
+            print_freq=10**9,
+        )
         runs.append((label, run, recipe))
     loader = OneBatch(args)
     seconds: dict[str, list[float]] = {label: [] for label, _, _ in runs}
@@ -80,7 +88,7 @@ def main() -> None:
                         run.tats_backend,
                         loader,
                         recipe,
-                        PPOSettings(epochs=run.args.ppo_epochs),
+                        ppo_settings(run.args),
                         round_number,
                     )
             if round_number:  # an epoch ends by reading its means, which waits for the device

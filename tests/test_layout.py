@@ -40,6 +40,16 @@ ALLOWED = {
     "modeling_pretrain": {"modeling_finetune", "masking_generator"},
     "modeling_tats": {"modeling_finetune", "masking_generator", "trajectory_attention"},
     "modeling_adamae": {"modeling_finetune", "masking_generator", "modeling_tats"},
+    "engine_for_pretraining": {
+        "backend",
+        "datasets.transforms",
+        "masking_generator",
+        "modeling_adamae",
+        "modeling_pretrain",
+        "optim_factory",
+        "utils",
+    },
+    "engine_for_tats": {"backend", "engine_for_pretraining", "masking_generator", "ppo"},
 }
 
 
