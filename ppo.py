@@ -46,9 +46,11 @@ def value_loss(value: Tensor, reward: Tensor) -> Tensor:
 
 
 def explained_variance(value: Tensor, reward: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R) of the clips' mean rewards: 1 = perfect critic, 0 = as good as a constant, < 0 worse."""
+    """1 - Var(R - V) / Var(R) of the clips' mean rewards: 1 = perfect critic, 0 = as good as a constant, < 0 worse.
+
+    Not finite where the rewards do not vary (one clip): the metrics leave it out."""
     returns = reward.mean(dim=1)
-    return 1 - (returns - value).var(unbiased=False) / returns.var(unbiased=False).clamp_min(1e-12)
+    return 1 - (returns - value).var(unbiased=False) / returns.var(unbiased=False)
 
 
 def sampling_loss(
