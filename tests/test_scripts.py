@@ -69,9 +69,17 @@ def test_srun_starts_the_processes_itself():
     assert len(launcher) == 1
 
 
-@pytest.mark.parametrize("path", PRETRAIN[:1], ids=str)
-def test_missing_data_path_is_said(path):
-    result = run_script(path)
+def test_demo_parses():
+    args, launcher = parsed(ROOT / "scripts/demo/pretrain_tats.sh", "--seed", "3")
+    assert (args.mask_type, args.seed, args.device, len(launcher)) == ("tats", 3, "cpu", 1)
+
+
+def test_no_script_is_left_out():
+    assert set(SCRIPTS) - set(PRETRAIN) == {ROOT / "scripts/demo/pretrain_tats.sh"}
+
+
+def test_missing_data_path_is_said():
+    result = run_script(PRETRAIN[0])
     assert result.returncode == 2 and "set DATA_PATH" in result.stderr
 
 
