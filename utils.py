@@ -200,13 +200,13 @@ class Progress:
         self.seconds += seconds
         self.data_seconds += self.window_data
         per_step = seconds / self.window_steps
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         world = dist.get_world_size() if dist.is_initialized() else 1
         left = per_step * (self.remaining_steps - step - 1)
-        line = (
-            f"{self.header} [{step + 1}/{self.steps}]  {shown}  lr {lr:.3g}  "
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "loss")
+        line = (  # what matters first: a narrow terminal shows the beginning
+            f"{self.header} [{step + 1}/{self.steps}]  loss {values['loss']:.4g}  lr {lr:.3g}  "
             f"data {self.window_data / self.window_steps:.3f} s  step {per_step:.3f} s  "
-            f"{self.window_clips * world / seconds:.1f} clips/s  left {format_time(left)}"
+            f"{self.window_clips * world / seconds:.1f} clips/s  left {format_time(left)}  {shown}"
         )
         self._open_window()
         if is_main_process():
