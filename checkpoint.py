@@ -1,11 +1,14 @@
 """Checkpoints: atomic files that load without running code, exact resume, and names from other codebases."""
 
 import argparse
+import math
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ADAMAE_SAMPLER = ("encoder.get_token_probs.", "encoder.pos_embed_probs")
@@ -67,25 +70,117 @@ def latest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
     return None
 
 
-def model_weights(state: dict, path: str | Path) -> dict[str, Tensor]:
-    """The autoencoder's weights in a checkpoint of this project, VideoMAE, AdaMAE or Hugging Face, under VideoMAE's
-    names."""
-    for key in ("model", "module", "state_dict"):
+def model_weights(
+    state: dict,
+    path: str | Path,
+    keys: tuple[str, ...] = ("model", "module", "state_dict"),
+    drop: tuple[str, ...] = ADAMAE_SAMPLER,
+) -> dict[str, Tensor]:
+    """The weights in a checkpoint of this project, VideoMAE, AdaMAE, DeepSpeed or Hugging Face, under VideoMAE's names.
+
+    keys: where to look, in order, before the top level; drop: beginnings of names to leave out (AdaMAE keeps its
+    sampler inside the encoder). Raises CheckpointError.
+    """
+    for key in keys:
         if isinstance(state.get(key), dict):
             state = state[key]
             break
     weights = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
     if not weights:
-        raise CheckpointError(f"{path}: holds no weights under 'model', 'module' or at its top level")
+        raise CheckpointError(f"{path}: holds no weights under {', '.join(map(repr, keys))} or at its top level")
     if any(name.startswith("videomae.") for name in weights):
         weights = from_huggingface(weights)
-    # AdaMAE keeps its sampler inside the encoder
-    return {name: value for name, value in weights.items() if not name.startswith(ADAMAE_SAMPLER)}
+    return {name: value for name, value in weights.items() if not name.startswith(drop)}
+
+
+def encoder_weights(state: dict, path: str | Path, keys: tuple[str, ...], prefix: str = "") -> dict[str, Tensor]:
+    """As model_weights, under the classifier's names: `prefix`, or else "encoder." or "backbone.", is taken off.
+
+    What is not under the prefix (a decoder, a head) keeps its name.
+    """
+    weights = model_weights(state, path, keys, drop=())
+    for start in [prefix] if prefix else ["encoder.", "backbone."]:
+        inside = {name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}
+        if inside:
+            outside = {name: value for name, value in weights.items() if not name.startswith(start)}
+            return {name: value for name, value in outside.items() if name not in inside} | inside
+    if prefix:
+        raise CheckpointError(f"{path}: no weight's name begins with --model_prefix {prefix}")
+    return weights
+
+
+class LoadReport(NamedTuple):
+    """Names of tensors: taken over, missing in the file (they keep their fresh start), and left over in it."""
+
+    loaded: list[str]
+    missing: list[str]
+    left_over: list[str]
+
+    def __str__(self):
+        return (
+            f"{len(self.loaded)} tensors taken over; {len(self.missing)} start fresh: {_summary(self.missing)}; "
+            f"{len(self.left_over)} left over: {_summary(self.left_over)}"
+        )
+
+
+def _summary(names: list[str]) -> str:
+    """Names by their first part: "decoder.* (46), mask_token"."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.split(".")[0], []).append(name)
+    return ", ".join(f"{first}.* ({len(n)})" if len(n) > 1 else n[0] for first, n in groups.items()) or "none"
+
+
+def load_encoder(encoder: nn.Module, weights: dict[str, Tensor], path: str | Path, grid=None) -> LoadReport:
+    """Loads what a pre-training or fine-tuning checkpoint has for a classifier: all of its patch embedding and blocks;
+    norms and the head where they are there and fit.
+
+    encoder: a VisionTransformer; weights: see encoder_weights. A learned position table of another length is
+    interpolated between `grid`, its (t, h, w) tokens, and the encoder's. A fixed one is not in checkpoints.
+    Raises CheckpointError where a block is missing or of another shape.
+    """
+    own = encoder.state_dict()
+    taken = {name: value for name, value in weights.items() if name in own}
+    if "pos_embed" in taken and grid is not None:
+        taken["pos_embed"] = resize_position_table(taken["pos_embed"], grid, encoder.patch_embed.grid)
+    if "head.weight" in taken and taken["head.weight"].shape != own["head.weight"].shape:  # of other classes
+        taken = {name: value for name, value in taken.items() if not name.startswith("head.")}
+    needed = {
+        name: own[name] for name in own if name in taken or name.startswith(("patch_embed", "blocks", "pos_embed"))
+    }
+    _check_fit(needed, taken, path)
+    encoder.load_state_dict(taken, strict=False)
+    return LoadReport(list(taken), [n for n in own if n not in taken], [n for n in weights if n not in taken])
+
+
+def resize_position_table(table: Tensor, old_grid: tuple[int, int, int], new_grid: tuple[int, int, int]) -> Tensor:
+    """A learned position table [1, N, D] of (t, h, w) tokens for another grid, trilinear."""
+    if tuple(old_grid) == tuple(new_grid):
+        return table
+    volume = table.float().transpose(1, 2).unflatten(2, tuple(old_grid))
+    volume = F.interpolate(volume, size=tuple(new_grid), mode="trilinear", align_corners=False)
+    return volume.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+def position_grid(state: dict, table: Tensor, grid: tuple[int, int, int], tubelet: int, path: str | Path):
+    """(t, h, w) of a position table [1, N, D]: frames from the checkpoint's args where it has them, else as many as
+    `grid`; square in space. Raises CheckpointError where that does not come out."""
+    args = state.get("args", {})
+    args = args if isinstance(args, dict) else vars(args)
+    t = args["num_frames"] // tubelet if "num_frames" in args else grid[0]
+    side = math.isqrt(table.shape[1] // t)
+    if t * side * side != table.shape[1]:
+        raise CheckpointError(f"{path}: its {table.shape[1]} positions are not {t} frames of a square")
+    return t, side, side
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
     """Strict load; raises CheckpointError that lists what does not fit."""
-    own = module.state_dict()
+    _check_fit(module.state_dict(), weights, path)
+    module.load_state_dict(weights)
+
+
+def _check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | Path) -> None:
     missing = [name for name in own if name not in weights]
     unknown = [name for name in weights if name not in own]
     wrong = [
@@ -101,9 +196,8 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path
         ]
         raise CheckpointError(
             f"{path} does not fit this model (check --model, --decoder_depth, --input_size, --patch_size, "
-            f"--tubelet_size, --mask_type): {'; '.join(problems)}"
+            f"--tubelet_size, --mask_type, --nb_classes, --linear_probe): {'; '.join(problems)}"
         )
-    module.load_state_dict(weights)
 
 
 def from_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ import torch
 
 import ppo
 from backend import Backend
-from engine_for_pretraining import EpochRunner, Recipe, masked_error, sampler_metrics, to_device
+from engine_for_pretraining import PretrainRecipe, masked_error, sampler_metrics, to_device
+from epoch_runner import EpochRunner
 from masking_generator import motion_energy, motion_lift
 
 
@@ -24,7 +25,7 @@ class PPOSettings:
 
 
 def train_one_epoch(
-    mae: Backend, tats: Backend, loader, recipe: Recipe, settings: PPOSettings, epoch: int
+    mae: Backend, tats: Backend, loader, recipe: PretrainRecipe, settings: PPOSettings, epoch: int
 ) -> dict[str, float]:
     """Alternates phase 1 (MAE step on TATS's masks, episodes recorded) and phase 2 (TATS steps); returns epoch means.
 

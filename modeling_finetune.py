@@ -9,7 +9,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
+from timm.layers import AttentionPoolLatent, DropPath, Mlp, to_2tuple, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -239,11 +239,15 @@ class VisionTransformer(nn.Module):
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, D]."""
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, N, D]."""
         x = self.patch_embed(x)
         x = self.pos_drop(x + self.pos_embed.to(x.dtype))
-        x = self.norm(run_blocks(self.blocks, x, self.use_checkpoint))
+        return self.norm(run_blocks(self.blocks, x, self.use_checkpoint))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, D]."""
+        x = self.forward_tokens(x)
         return x[:, 0] if self.fc_norm is None else self.fc_norm(x.mean(dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,6 +259,50 @@ def _init_classifier_weights(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+class Probe(nn.Module):
+    """A classifier on a frozen encoder, which gets no gradient and stays in evaluation mode. forward(video) -> logits.
+
+    "linear": mean of the tokens, batch norm without weights, linear (the protocol of MAE, He 2022). "attentive": a
+    learned query attends to the tokens, then an MLP and linear (V-JEPA, Bardes 2024).
+    Args: encoder, a VisionTransformer with num_classes 0 and use_mean_pooling False, so that the pre-trained norm is
+    the last layer.
+    """
+
+    def __init__(self, encoder: VisionTransformer, kind: str, num_classes: int):
+        super().__init__()
+        if kind not in ("linear", "attentive"):
+            raise ValueError(f"unknown probe {kind!r}: choose linear or attentive")
+        self.encoder = encoder.requires_grad_(False)
+        self.kind = kind
+        width = encoder.embed_dim
+        if kind == "linear":
+            self.pool = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        else:
+            heads = encoder.blocks[0].attn.num_heads
+            self.pool = AttentionPoolLatent(width, num_heads=heads, norm_layer=LAYER_NORM)
+        self.head = nn.Linear(width, num_classes)
+        trunc_normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def features(self, video: Tensor) -> Tensor:
+        """What the trained part reads: [B, D] for a linear probe, [B, N, D] for an attentive one."""
+        tokens = self.encoder.forward_tokens(video)
+        return tokens.mean(dim=1) if self.kind == "linear" else tokens
+
+    def classify(self, features: Tensor) -> Tensor:
+        return self.head(self.pool(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: video [B, C, T, H, W], or features already computed -> logits [B, num_classes]."""
+        return self.classify(self.features(x) if x.ndim == 5 else x)
 
 
 def _vit(size: str, **kwargs) -> VisionTransformer:

@@ -1,16 +1,48 @@
 """Optimizers, parameter groups and step-wise schedules."""
 
 import math
+import re
 
 import timm.optim
 import torch
 from torch import nn
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: biases, norms and the module's no_weight_decay() names without decay, the rest with it."""
+def layer_of(name: str, num_layers: int) -> int:
+    """Depth of a parameter of the classifier: 0 for the patch embedding and position table, k + 1 for block k, and
+    num_layers + 1 for what comes after the blocks."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    if block:
+        return int(block[1]) + 1
+    return 0 if name.startswith(("patch_embed.", "pos_embed", "cls_token")) else num_layers + 1
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Biases, norms and the module's no_weight_decay() names without decay, the rest with it; frozen ones left out.
+
+    layer_decay other than 1 makes a pair of groups a layer, with lr_scale = layer_decay ** (L + 1 - layer) of the
+    module's L blocks (BEiT, Bao 2022): 1 for the head, smallest for the patch embedding.
+    """
     skip = module.no_weight_decay() if hasattr(module, "no_weight_decay") else set()
-    return timm.optim.param_groups_weight_decay(module, weight_decay, no_weight_decay_list=skip)
+    if layer_decay == 1:
+        return timm.optim.param_groups_weight_decay(module, weight_decay, no_weight_decay_list=skip)
+    num_layers = module.get_num_layers()
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = layer_of(name, num_layers)
+        decays = parameter.ndim > 1 and name not in skip
+        group = groups.setdefault(
+            (layer, decays),
+            {
+                "params": [],
+                "weight_decay": weight_decay if decays else 0.0,
+                "lr_scale": layer_decay ** (num_layers + 1 - layer),
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 def create_optimizer(

@@ -17,7 +17,7 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 from checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_weights, model_weights
-from datasets.transforms import HALF_MEAN, HALF_STD, IMAGENET_MEAN, IMAGENET_STD, normalize
+from datasets.transforms import mean_and_std, normalize
 from datasets.video import ListError, VideoError, read_frames, read_list
 from masking_generator import Mask, motion_energy, motion_lift
 from modeling_pretrain import normalize_patches, patchify, token_error, unpatchify
@@ -68,7 +68,7 @@ class Trained:
             if self.args.mask_type not in state:
                 raise CheckpointError(f"{path}: holds no {self.args.mask_type} sampler; give another --mask_type")
             load_weights(self.sampler, state[self.args.mask_type], path)
-        statistics = (IMAGENET_MEAN, IMAGENET_STD) if self.args.imagenet_default_mean_and_std else (HALF_MEAN, HALF_STD)
+        statistics = mean_and_std(self.args.imagenet_default_mean_and_std)
         self.mean, self.std = map(torch.tensor, statistics)
 
     @torch.no_grad()

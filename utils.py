@@ -73,6 +73,12 @@ def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def barrier() -> None:
+    """Waits for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def log(message: str) -> None:
     """One line on the main process's standard output."""
     if is_main_process():
@@ -231,8 +237,8 @@ def format_time(seconds: float) -> str:
 # --- files of a run ----------------------------------------------------------------------------------------------
 
 
-def write_run_description(folder: Path, args) -> None:
-    """args.json: every resolved flag, package versions and the git revision."""
+def write_run_description(path: Path, args) -> None:
+    """A JSON file of every resolved flag, package versions and the git revision."""
     packages = ("torch", "torchvision", "timm", "numpy", "decord", "av", "deepspeed")
     versions = {}
     for package in packages:
@@ -249,7 +255,7 @@ def write_run_description(folder: Path, args) -> None:
         "python": sys.version.split()[0],
         "git": git.stdout.strip() or None,
     }
-    (folder / "args.json").write_text(json.dumps(description, indent=2, default=str) + "\n")
+    path.write_text(json.dumps(description, indent=2, default=str) + "\n")
 
 
 def append_json_line(path: Path, record: dict) -> None:

@@ -20,7 +20,7 @@ import torch
 
 import engine_for_pretraining
 import engine_for_tats
-from engine_for_pretraining import Recipe
+from engine_for_pretraining import PretrainRecipe
 from run_mae_pretraining import SAMPLERS, Run, get_parser, ppo_settings, resolve_amp
 
 # (label, flags)
@@ -63,7 +63,7 @@ def main() -> None:
         torch.manual_seed(0)
         run = Run(args, device)
         half = torch.full((3,), 0.5, device=device)
-        recipe = Recipe(
+        recipe = PretrainRecipe(
             run.mae.grid,
             half,
             half,

@@ -1,11 +1,38 @@
-"""The loader of pre-training clips and its sampler."""
+"""Data sets by name, loaders of clips for training and of views for evaluation, and the training order."""
+
+import functools
+import os
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from datasets.transforms import PretrainTransform
-from datasets.video import PretrainVideoDataset, collate
+from datasets.transforms import (
+    FinetuneTransform,
+    PretrainTransform,
+    auto_augmentation,
+    mean_and_std,
+    spatial_crops,
+)
+from datasets.video import EvalVideoDataset, ListError, TrainVideoDataset, collate, collate_views
+
+
+class DataSet(NamedTuple):
+    """What fine-tuning has to know of a data set."""
+
+    num_classes: int | None  # None: --nb_classes says it
+    segments: bool = False  # one frame of each of num_frames segments, rather than a dense clip
+    flip: bool = True  # whether a mirrored video keeps its label
+
+
+DATA_SETS = {
+    "Kinetics-400": DataSet(400),
+    "SSV2": DataSet(174, segments=True, flip=False),  # labels such as "pushing something from left to right"
+    "UCF101": DataSet(101),
+    "HMDB51": DataSet(51),
+    "custom": DataSet(None),
+}
 
 
 class EpochSampler(Sampler):
@@ -45,26 +72,115 @@ def build_pretraining_loader(args, rank=0, world_size=1):
     dropped.
     Raises: ListError for the list, ValueError for a batch size that does not fit.
     """
+    transform = PretrainTransform(args.input_size, args.crop, args.train_interpolation, args.color_jitter)
+    dataset = TrainVideoDataset(
+        args.data_path, args.num_frames, args.sampling_rate, transform, args.num_sample, args.decoder
+    )
+    return _training_loader(dataset, args, rank, world_size)
+
+
+def build_finetuning_loader(args, rank=0, world_size=1, drop_last=True):
+    """As build_pretraining_loader, with labels checked against args.nb_classes and the augmentation of fine-tuning.
+
+    Reads further: num_segments, nb_classes, crop_scale, aa, flip, reprob, remode, recount, resplit,
+    imagenet_default_mean_and_std.
+    """
+    mean, std = mean_and_std(args.imagenet_default_mean_and_std)
+    size, interpolation = args.input_size, args.train_interpolation
+    augment = auto_augmentation(args.aa, size, interpolation) if args.aa not in ("", "none") else None
+
+    def transform(erase_probability):
+        return FinetuneTransform(
+            size, args.crop_scale, interpolation, augment, args.color_jitter, args.flip,
+            erase_probability, args.remode, args.recount, mean, std,
+        )  # fmt: skip
+
+    dataset = TrainVideoDataset(
+        find_list(args, "train"),
+        args.num_frames,
+        args.sampling_rate,
+        transform(args.reprob),
+        args.num_sample,
+        args.decoder,
+        num_segments=args.num_segments,
+        num_classes=args.nb_classes,
+        first_transform=transform(0.0) if args.resplit else None,
+    )
+    return _training_loader(dataset, args, rank, world_size, drop_last)
+
+
+def build_evaluation_loader(args, split, rank=0, world_size=1):
+    """Views of the videos of one process: every world_size-th, none dropped and none twice.
+
+    split "val": one central view a video; "test": test_num_segment x test_num_crop views.
+    Batches: see datasets.video.collate_views; as many videos as have batch_size views, at least one.
+    Reads of args: see build_finetuning_loader, and short_side_size.
+    """
+    num_views, num_crops = (1, 1) if split == "val" else (args.test_num_segment, args.test_num_crop)
+    dataset = EvalVideoDataset(
+        find_list(args, split),
+        args.num_frames,
+        args.sampling_rate,
+        functools.partial(spatial_crops, size=args.input_size, short_side=args.short_side_size, num_crops=num_crops),
+        num_views,
+        args.num_segments,
+        args.nb_classes,
+        args.decoder,
+    )
+    return DataLoader(
+        dataset,
+        batch_size=max(args.batch_size // (num_views * num_crops), 1),
+        sampler=range(rank, len(dataset), world_size),
+        collate_fn=collate_views,
+        **_worker_settings(args),
+    )
+
+
+def find_list(args, split):
+    """The list file of a split "train", "val" or "test".
+
+    data_path is VideoMAE's folder of train.csv, val.csv and test.csv, or the training list itself; eval_data_path and
+    test_data_path name the others. Without a test list the validation list is tested. Raises ListError.
+    """
+    folder = args.data_path if os.path.isdir(args.data_path) else None
+    if split == "train":
+        return os.path.join(folder, "train.csv") if folder else args.data_path
+    if split == "test" and args.test_data_path:
+        return args.test_data_path
+    if split == "test" and not args.eval_data_path and folder and os.path.isfile(os.path.join(folder, "test.csv")):
+        return os.path.join(folder, "test.csv")
+    if args.eval_data_path:
+        return args.eval_data_path
+    if folder is None:
+        raise ListError(
+            f"--data_path {args.data_path} is no folder with a val.csv: name the validation list with --eval_data_path"
+        )
+    return os.path.join(folder, "val.csv")
+
+
+def _training_loader(dataset, args, rank, world_size, drop_last=True):
     if args.batch_size % args.num_sample:
         raise ValueError(f"--batch_size {args.batch_size} (clips) is not divisible by --num_sample {args.num_sample}")
     videos_a_batch = args.batch_size // args.num_sample
-    transform = PretrainTransform(args.input_size, args.crop, args.train_interpolation, args.color_jitter)
-    dataset = PretrainVideoDataset(
-        args.data_path, args.num_frames, args.sampling_rate, transform, args.num_sample, args.decoder
-    )
     if len(dataset) < videos_a_batch * world_size:
         raise ValueError(
-            f"{args.data_path} lists {len(dataset)} videos, a batch takes {videos_a_batch} on each of {world_size} "
+            f"{dataset.list_path} lists {len(dataset)} videos, a batch takes {videos_a_batch} on each of {world_size} "
             f"process(es): lower --batch_size (now {args.batch_size}) or give a longer list"
         )
     return DataLoader(
         dataset,
         batch_size=videos_a_batch,
         sampler=EpochSampler(len(dataset), args.seed, rank, world_size),
-        num_workers=args.num_workers,
         collate_fn=collate,
+        drop_last=drop_last,
+        **_worker_settings(args),
+    )
+
+
+def _worker_settings(args):
+    return dict(
+        num_workers=args.num_workers,
         pin_memory=args.pin_mem and args.device == "cuda",
-        drop_last=True,
         persistent_workers=args.num_workers > 0,
         worker_init_fn=_one_thread,
         # torch draws a seed for the workers: from here, so that the training process's random state is its own

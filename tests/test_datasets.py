@@ -27,7 +27,7 @@ from datasets.transforms import (
 )
 from datasets.video import (
     ListError,
-    PretrainVideoDataset,
+    TrainVideoDataset,
     VideoError,
     clip_indices,
     collate,
@@ -281,7 +281,7 @@ def test_short_videos_hold_the_last_frame():
 
 
 def dataset_of(listing, **options):
-    return PretrainVideoDataset(listing, 4, 2, PretrainTransform(24, color_jitter=0.2), **options)
+    return TrainVideoDataset(listing, 4, 2, PretrainTransform(24, color_jitter=0.2), **options)
 
 
 def same(a, b):
@@ -309,7 +309,7 @@ def test_item_depends_on_its_seed_alone(shapes):
 
 def test_item_shows_consecutive_frames_of_its_video(shapes):
     """Without augmentation, a clip is found in the fully decoded video at the stride asked for."""
-    dataset = PretrainVideoDataset(shapes / "val.csv", 5, 3, lambda clip, rng: clip, num_sample=2)
+    dataset = TrainVideoDataset(shapes / "val.csv", 5, 3, lambda clip, rng: clip, num_sample=2)
     frames = whole_video(shapes / "videos/val_00006.mp4")
     for clip in dataset[6, 1]["video"]:
         clip = clip.permute(0, 2, 3, 1).numpy()

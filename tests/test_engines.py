@@ -7,8 +7,9 @@ import torch
 
 import engine_for_pretraining
 import engine_for_tats
+import epoch_runner
 from backend import Backend
-from engine_for_pretraining import Recipe
+from engine_for_pretraining import PretrainRecipe
 from engine_for_tats import PPOSettings
 from masking_generator import RandomMask
 from modeling_adamae import AdaMAE, AdaMAESampler
@@ -54,7 +55,7 @@ def models(sampler_class):
 
 def recipe_for(mae, accum_iter=1):
     half = torch.full((3,), 0.5)
-    return Recipe(mae.grid, half, half, lr=LR, min_lr=LR, steps_per_epoch=STEPS // accum_iter)
+    return PretrainRecipe(grid=mae.grid, mean=half, std=half, lr=LR, min_lr=LR, steps_per_epoch=STEPS // accum_iter)
 
 
 def backend(module, lr, accum_iter=1, optimizer=torch.optim.SGD, **kwargs):
@@ -186,10 +187,10 @@ def test_fixed_masks_engine_is_plain_training():
 
 def test_training_that_stops_moving_is_said(monkeypatch):
     mae, _ = models(TATS)
-    monkeypatch.setattr(engine_for_pretraining, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr(epoch_runner, "MAX_SKIPPED_IN_A_ROW", 3)
     with torch.no_grad():
         mae.mask_token.fill_(float("nan"))
-    with pytest.raises(engine_for_pretraining.UsageError, match="not finite for the last"):
+    with pytest.raises(epoch_runner.UsageError, match="not finite for the last"):
         engine_for_pretraining.train_one_epoch(
             backend(mae, LR), RandomMask(mae.grid, 0.5), Batches(), recipe_for(mae), epoch=0
         )
@@ -230,6 +231,6 @@ def test_sampler_steps_that_are_not_finite_are_counted_and_stop_training(monkeyp
     backends = backend(mae, LR), backend(tats, TATS_LR)
     stats = engine_for_tats.train_one_epoch(*backends, Batches(), recipe_for(mae), PPOSettings(), epoch=0)
     assert (stats["skipped_steps"], stats["sampler_skipped_steps"]) == (0, STEPS)
-    monkeypatch.setattr(engine_for_pretraining, "MAX_SKIPPED_IN_A_ROW", STEPS)
-    with pytest.raises(engine_for_pretraining.UsageError, match="not finite"):
+    monkeypatch.setattr(epoch_runner, "MAX_SKIPPED_IN_A_ROW", STEPS)
+    with pytest.raises(epoch_runner.UsageError, match="not finite"):
         engine_for_tats.train_one_epoch(*backends, Batches(), recipe_for(mae), PPOSettings(), epoch=0)

@@ -1,0 +1,253 @@
+"""Fine-tuning and evaluation: one epoch of training, views of all processes to scores, stored features of probes."""
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+
+from backend import AMP_DTYPES, Backend
+from datasets.transforms import normalize
+from datasets.video import VideoError
+from epoch_runner import EpochRunner, Recipe
+from utils import UsageError, format_time, log
+
+
+@dataclass(kw_only=True)
+class FinetuneRecipe(Recipe):
+    smoothing: float = 0.0
+    mixup: Mixup | None = None
+
+
+def prepare(video: Tensor, recipe: Recipe) -> Tensor:
+    """Clips uint8 [B, T, 3, H, W] -> float32 [B, 3, T, H, W] on the device; stored features are only moved."""
+    video = video.to(recipe.mean.device, non_blocking=True)
+    return normalize(video, recipe.mean, recipe.std)[1] if video.dtype == torch.uint8 else video.float()
+
+
+def mix(video: Tensor, label: Tensor, mixup: Mixup) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang 2018) or CutMix (Yun 2019) of a batch with itself reversed.
+
+    video [B, 3, T, H, W], label int64 [B] -> mixed video, soft labels [B, K] with label smoothing. timm's Mixup knows
+    images: frames are shown to it as channels, so that a CutMix box lies in H x W and is the same in every frame.
+    """
+    channels = video.shape[1:3]
+    mixed, target = mixup(video.flatten(1, 2).contiguous(), label)
+    return mixed.unflatten(1, channels), target
+
+
+def train_one_epoch(backend: Backend, loader, recipe: FinetuneRecipe, epoch: int, ema=None) -> dict[str, float]:
+    """backend.raw: clips -> logits. ema: timm's ModelEmaV3, or None. Returns epoch means; acc1 (%) where labels are not
+    mixed."""
+    backend.raw.train()
+    runner = EpochRunner(recipe, backend, epoch)
+    for index, step, batch in runner.batches(loader):
+        lr = recipe.apply_schedule(backend, step)
+        video, label = prepare(batch["video"], recipe), batch["label"].to(recipe.mean.device, non_blocking=True)
+        smoothing = recipe.smoothing
+        if recipe.mixup is not None:
+            video, label = mix(video, label, recipe.mixup)
+            smoothing = 0.0  # already in the soft labels
+        with backend.autocast():
+            logits = backend.module(video)
+        loss = F.cross_entropy(logits.float(), label, label_smoothing=smoothing)
+        backend.backward(loss)
+        runner.metrics.update(loss=loss)
+        if label.ndim == 1:
+            runner.metrics.update(acc1=100 * (logits.argmax(dim=1) == label).float().mean())
+        if backend.step():
+            runner.metrics.update(grad_norm=backend.grad_norm)
+            if ema is not None:
+                ema.update(backend.raw)
+        runner.log_step(index, step, lr)
+    average_batch_norm(backend.raw)
+    return runner.finish()
+
+
+def average_batch_norm(module: nn.Module) -> None:
+    """Gives all processes the same running statistics, so that they evaluate the same model."""
+    if dist.is_initialized():
+        for layer in module.modules():
+            if isinstance(layer, nn.BatchNorm1d):
+                for buffer in (layer.running_mean, layer.running_var):
+                    dist.all_reduce(buffer)
+                    buffer /= dist.get_world_size()
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------
+
+
+class Scores(NamedTuple):
+    """Of a whole list of videos, on the CPU, in the list's order, the same on every process."""
+
+    probability: Tensor  # float32 [n, K], softmax averaged over views; zero where there are none
+    label: Tensor  # int64 [n]
+    found: Tensor  # bool [n], False: the video could not be read
+    failed: list[str]  # "path: reason"
+
+    def accuracy(self, k: int) -> float:
+        """Top-k in %; a video that could not be read is wrong."""
+        return 100 * self.correct(k).double().mean().item()
+
+    def correct(self, k: int) -> Tensor:
+        """bool [n]: whether the label is among the k most probable classes."""
+        top = self.probability.topk(min(k, self.probability.shape[1]), dim=1).indices
+        return (top == self.label[:, None]).any(dim=1) & self.found
+
+    def loss(self) -> float:
+        """Mean negative log of the label's probability over the videos read."""
+        chosen = self.probability.gather(1, self.label[:, None])[self.found]
+        return -chosen.clamp(min=1e-12).log().mean().item()
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, loader, recipe: Recipe, amp: str, batch_size: int, header: str = ""
+) -> tuple[Tensor, Tensor, list[str]]:
+    """This process's videos: index int64 [r], probability float32 [r, K] (both on the CPU), failures.
+
+    A video's probability is the mean over its views of softmax(logits); the model sees batch_size views at a time.
+    header: of a progress line every print_freq batches; "" prints none.
+    """
+    model.eval()
+    device = recipe.mean.device
+    indices, probabilities, failed = [], [], []
+    start = time.perf_counter()
+    for number, batch in enumerate(loader, 1):
+        failed += batch["failed"]
+        if batch["video"] is not None:
+            outputs = []
+            for views in batch["video"].split(batch_size):
+                with torch.autocast(device.type, AMP_DTYPES[amp], enabled=AMP_DTYPES[amp] is not None):
+                    logits = model(prepare(views, recipe))
+                outputs.append(logits.float().softmax(dim=1))
+            indices.append(batch["index"])
+            probabilities.append(torch.cat(outputs).unflatten(0, (len(batch["index"]), -1)).mean(dim=1))
+        if header and number % recipe.print_freq == 0:
+            left = (time.perf_counter() - start) / number * (len(loader) - number)
+            log(f"{header} [{number}/{len(loader)} batches]  left {format_time(left)}")
+    if not indices:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), failed
+    return torch.cat(indices), torch.cat(probabilities).cpu(), failed
+
+
+def gather(index: Tensor, probability: Tensor, failed: list[str], label: Tensor) -> Scores:
+    """Puts the predictions of all processes together by the videos' index. label: int64 [n], of the whole list.
+
+    Raises: RuntimeError where a video was predicted twice, is neither predicted nor failed, or has no finite score.
+    """
+    parts = [(index, probability, failed)]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (index, probability, failed))
+    index = torch.cat([part[0] for part in parts])
+    failed = sorted(failure for part in parts for failure in part[2])
+    times = torch.bincount(index, minlength=len(label))
+    if times.max() > 1 or int((times == 0).sum()) != len(failed):
+        raise RuntimeError(
+            f"evaluation is not complete: {int((times > 1).sum())} videos predicted twice, {int((times == 0).sum())} "
+            f"not at all, {len(failed)} of them because they cannot be read"
+        )
+    num_classes = max((part[1].shape[1] for part in parts), default=0)
+    scores = torch.zeros(len(label), max(num_classes, 1))
+    if len(index):
+        scores[index] = torch.cat([part[1] for part in parts if len(part[0])])
+    if not scores.isfinite().all():
+        bad = int((~scores.isfinite()).any(dim=1).sum())
+        raise UsageError(f"the model gives no finite scores for {bad} of {len(label)} videos: its weights are damaged")
+    return Scores(scores, label, times == 1, failed)
+
+
+def evaluate(
+    model: nn.Module,
+    loader,
+    recipe: Recipe,
+    amp: str,
+    batch_size: int,
+    allow_missing: bool = False,
+    header: str = "",
+) -> Scores:
+    """Scores of all videos of loader.dataset, each counted once, whatever the number of processes.
+
+    Raises: VideoError that names the videos that cannot be read, unless allow_missing; on every process together.
+    """
+    label = torch.tensor(loader.dataset.labels)
+    scores = gather(*predict(model, loader, recipe, amp, batch_size, header), label)
+    if scores.failed and not (allow_missing and scores.found.any()):
+        raise VideoError(
+            f"{len(scores.failed)} of {len(label)} videos of {loader.dataset.list_path} cannot be read: "
+            f"{'; '.join(scores.failed[:3])}{'; ...' if len(scores.failed) > 3 else ''} (repair the list, for example "
+            "with tools/check_videos.py, or count them as wrong with --allow_missing)"
+        )
+    for failure in scores.failed:
+        log(f"warning: counted as wrong, cannot be read: {failure}")
+    return scores
+
+
+# --- probes: features of a frozen encoder, computed once ---------------------------------------------------------
+
+
+class FeatureLoader:
+    """The training loader's place where the encoder is frozen: batches of stored features in a new order each epoch."""
+
+    def __init__(self, features: Tensor, label: Tensor, batch_size: int, seed: int):
+        self.features, self.label, self.batch_size, self.seed = features, label, batch_size, seed
+        self.sampler = self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.label) // self.batch_size
+
+    def __iter__(self) -> Iterator[dict]:
+        order = torch.from_numpy(np.random.default_rng([self.seed, self.epoch]).permutation(len(self.label)))
+        for chosen in order[: len(self) * self.batch_size].split(self.batch_size):
+            yield dict(video=self.features[chosen], label=self.label[chosen], failed=[])
+
+
+class StoredViews:
+    """The validation loader's place: its batches with features in place of clips."""
+
+    def __init__(self, loader, batches: list[dict]):
+        self.dataset, self.batches = loader.dataset, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.batches)
+
+
+@torch.no_grad()
+def store_features(probe: nn.Module, loader: Iterable, recipe: Recipe, amp: str, clips: int) -> Iterator[dict]:
+    """Yields the loader's batches with probe.features of their clips (on the CPU; float16 where whole tokens are kept)
+    in place of the clips. clips: how many there will be, to refuse what memory cannot hold. Raises UsageError."""
+    probe.eval()
+    device = recipe.mean.device
+    checked = False
+    for batch in loader:
+        for failure in batch["failed"]:
+            print(f"warning: unreadable video: {failure}", flush=True)
+        if batch["video"] is not None:
+            with torch.autocast(device.type, AMP_DTYPES[amp], enabled=AMP_DTYPES[amp] is not None):
+                features = probe.features(prepare(batch["video"], recipe))
+            features = (features.half() if features.ndim == 3 else features.float()).cpu()
+            if not checked:
+                needed = features[0].numel() * features.element_size() * clips
+                free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                if needed > 0.8 * free:
+                    raise UsageError(
+                        f"the features of {clips} clips take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free: "
+                        "use --no-cache_features (the encoder then runs in every epoch), or a lower --num_sample"
+                    )
+                checked = True
+            batch = batch | {"video": features}
+        yield batch

@@ -1,0 +1,580 @@
+"""Fine-tune, probe or train from scratch a video classifier, and test it over several views of each video."""
+
+import argparse
+import copy
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+
+import modeling_finetune
+from backend import Backend
+from checkpoint import (
+    CheckpointError,
+    encoder_weights,
+    load_checkpoint,
+    load_encoder,
+    load_weights,
+    model_weights,
+    position_grid,
+    save_checkpoint,
+)
+from datasets.build import DATA_SETS, build_evaluation_loader, build_finetuning_loader
+from datasets.transforms import mean_and_std
+from datasets.video import VideoError
+from engine_for_finetuning import (
+    FeatureLoader,
+    FinetuneRecipe,
+    Scores,
+    StoredViews,
+    evaluate,
+    store_features,
+    train_one_epoch,
+)
+from optim_factory import create_optimizer, parameter_groups
+from reports import class_names, write_report
+from run_common import (
+    SWITCH,
+    add_data_flags,
+    add_model_flags,
+    add_optimizer_flags,
+    add_process_flags,
+    add_run_flags,
+    check_ranges,
+    create_model,
+    find_resume,
+    new_parser,
+    open_output,
+    resolve_amp,
+    resume,
+    run_script,
+)
+from utils import (
+    UsageError,
+    append_json_line,
+    barrier,
+    drop_epochs_from,
+    format_time,
+    init_distributed,
+    is_main_process,
+    log,
+    rng_state,
+    seed_everything,
+    set_rng_state,
+)
+
+# What a probe's defaults are instead: the protocol of MAE (He 2022), where only crops and flips vary the input.
+PROBE_DEFAULTS = dict(
+    layer_decay=1.0, mixup=0.0, cutmix=0.0, smoothing=0.0, aa="none", color_jitter=0.0, reprob=0.0, weight_decay=0.0,
+    drop_path=0.0,
+)  # fmt: skip
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = new_parser(
+        __doc__,
+        epilog="A probe's defaults: " + ", ".join(f"--{name} {value}" for name, value in PROBE_DEFAULTS.items()),
+    )
+    add_run_flags(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval", default=False, action=SWITCH,
+                       help="test only: --finetune or --resume, else the best checkpoint of --output_dir")  # fmt: skip
+    group.add_argument("--test_num_segment", default=5, type=int, help="temporal clips of a video in the test")
+    group.add_argument("--test_num_crop", default=3, type=int, help="spatial crops of each of them")
+    group.add_argument("--short_side_size", default=None, type=int,
+                       help="pixels to which evaluation resizes the short side; default: --input_size")  # fmt: skip
+    group.add_argument("--crop_pct", default=None, type=float,
+                       help="the same as a ratio: short side = input size / crop_pct")  # fmt: skip
+    group.add_argument("--allow_missing", default=False, action=SWITCH,
+                       help="count a video that cannot be read as wrong, rather than stop")  # fmt: skip
+    group.add_argument("--disable_eval_during_finetuning", default=False, action=SWITCH,
+                       help="no validation, hence no best checkpoint: the last weights are tested")  # fmt: skip
+    group.add_argument("--dist_eval", dest=argparse.SUPPRESS, default=argparse.SUPPRESS, action="store_true",
+                       help="taken for VideoMAE's commands, without effect: evaluation is always shared")  # fmt: skip
+    group.add_argument("--save_ckpt", default=True, action=SWITCH, help="write checkpoints")
+    group.add_argument("--no_save_ckpt", dest="save_ckpt", action="store_false", help=argparse.SUPPRESS)
+
+    group = add_model_flags(parser)
+    group.add_argument("--model_key", default="model|module", help="where --finetune holds its weights, first found")
+    group.add_argument(
+        "--model_prefix", default="", help="of the encoder's names there; default: encoder. or backbone."
+    )
+    group.add_argument("--linear_probe", default=False, action=SWITCH, help="frozen encoder, linear classifier")
+    group.add_argument("--attentive_probe", default=False, action=SWITCH, help="frozen encoder, attention pooling")
+    group.add_argument("--cache_features", default=True, action=SWITCH,
+                       help="a probe's encoder sees each clip once; --no-...: new clips in every epoch")  # fmt: skip
+    group.add_argument("--init_scale", default=0.001, type=float, help="of the classifier's first weights")
+    group.add_argument("--use_mean_pooling", default=True, action=SWITCH, help="of the tokens, then a norm")
+    group.add_argument("--use_cls", dest="use_mean_pooling", action="store_false", help="read the first token instead")
+    group.add_argument("--fc_drop_rate", default=0.0, type=float, help="dropout before the classifier")
+    group.add_argument("--drop", default=0.0, type=float, help="dropout after positions, attention and MLP")
+    group.add_argument("--attn_drop_rate", default=0.0, type=float, help="dropout of attention weights")
+    group.add_argument("--model_ema", default=False, action=SWITCH,
+                       help="evaluate a moving average of the weights")  # fmt: skip
+    group.add_argument("--model_ema_decay", default=0.9999, type=float, help="of the average, a step")
+    group.add_argument("--model_ema_force_cpu", default=False, action=SWITCH, help="keep the average in host memory")
+
+    group = add_optimizer_flags(parser)
+    group.add_argument("--layer_decay", default=0.75, type=float, help="learning rate of a layer over the next one's")
+    group.add_argument("--smoothing", default=0.1, type=float, help="of the labels")
+
+    group = add_data_flags(parser, "folder with train.csv and val.csv (a line a video: path label), or training list")
+    group.add_argument("--data_set", default="Kinetics-400", choices=list(DATA_SETS),
+                       help="decides classes, sampling and flips; custom: any lists, with --nb_classes")  # fmt: skip
+    group.add_argument("--nb_classes", default=None, type=int, help="default: the data set's")
+    group.add_argument("--eval_data_path", default=None, help="validation list; default: val.csv in --data_path")
+    group.add_argument("--test_data_path", default=None,
+                       help="list of the test; default: test.csv in --data_path, else the validation list")  # fmt: skip
+    group.add_argument("--num_segments", default=None, type=int,
+                       help="parts of a video that a clip's frames come from; default: the data set's "
+                       "(1: a dense clip; SSV2: --num_frames, one frame each)")  # fmt: skip
+
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, help="share of the frame in a crop")
+    group.add_argument("--flip", default=None, action=SWITCH,
+                       help="horizontally, half of the clips; default: the data set's (SSV2: no)")  # fmt: skip
+    group.add_argument("--aa", default="rand-m7-n4-mstd0.5-inc1",
+                       help="augmentation in timm's notation; none: colour jitter instead")  # fmt: skip
+    group.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
+    group.add_argument("--remode", default="pixel", choices=["pixel", "rand", "const"], help="filled with noise, a "
+                       "random colour, or the mean")  # fmt: skip
+    group.add_argument("--recount", default=1, type=int, help="most boxes erased in a clip")
+    group.add_argument("--resplit", default=False, action=SWITCH, help="no erasing in the first clip of a video")
+    group.add_argument("--mixup", default=0.8, type=float, help="alpha; 0: off")
+    group.add_argument("--cutmix", default=1.0, type=float, help="alpha; 0: off")
+    group.add_argument("--cutmix_minmax", default=None, type=float, nargs=2, help="range of the box's sides as shares")
+    group.add_argument("--mixup_prob", default=1.0, type=float, help="of mixing a batch at all")
+    group.add_argument("--mixup_switch_prob", default=0.5, type=float, help="of CutMix where both are on")
+    group.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="one draw a ...")
+
+    add_process_flags(parser)
+    parser.set_defaults(
+        epochs=30, save_ckpt_freq=100, model="vit_base_patch16_224", drop_path=0.1, lr=1e-3, min_lr=1e-6,
+        warmup_epochs=5, num_sample=2, color_jitter=0.4,
+    )  # fmt: skip
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """A probe has its own defaults; what the command line says stays."""
+    parser = get_parser()
+    args = parser.parse_args(arguments)
+    if args.linear_probe or args.attentive_probe:
+        parser.set_defaults(**PROBE_DEFAULTS)
+        args = parser.parse_args(arguments)
+    return args
+
+
+def check_flags(args) -> None:
+    """Fills in the data set's defaults. Raises UsageError for values that make no sense alone or together."""
+    check_ranges(
+        args,
+        at_least_1="test_num_segment test_num_crop recount",
+        not_negative="init_scale mixup cutmix",
+        rates="drop fc_drop_rate attn_drop_rate smoothing model_ema_decay",
+    )
+    if not 0 < args.layer_decay <= 1:
+        raise UsageError(f"--layer_decay {args.layer_decay}: must be greater than 0 and at most 1 (1: none)")
+    for name in ("reprob", "mixup_prob", "mixup_switch_prob"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: a probability, from 0 to 1")
+    for name in ("crop_scale", "cutmix_minmax"):
+        bounds = getattr(args, name)
+        if bounds is not None and not 0 < bounds[0] <= bounds[1] <= 1:
+            raise UsageError(f"--{name} {bounds[0]} {bounds[1]}: two shares, 0 < least <= most <= 1")
+
+    data_set = DATA_SETS[args.data_set]
+    if args.nb_classes is None:
+        args.nb_classes = data_set.num_classes
+    if args.nb_classes is None or args.nb_classes < 2:
+        raise UsageError(f"--data_set {args.data_set} needs --nb_classes, the number of classes, at least 2")
+    if data_set.num_classes not in (None, args.nb_classes):
+        raise UsageError(
+            f"--nb_classes {args.nb_classes}: {args.data_set} has {data_set.num_classes}; for other lists use "
+            "--data_set custom"
+        )
+    if args.flip is None:
+        args.flip = data_set.flip
+    if args.num_segments is None:
+        args.num_segments = args.num_frames if data_set.segments else 1
+    if args.num_segments < 1 or args.num_frames % args.num_segments:
+        raise UsageError(f"--num_segments {args.num_segments}: must divide --num_frames {args.num_frames}")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise UsageError(f"--crop_pct {args.crop_pct}: must be greater than 0 and at most 1")
+    if args.short_side_size is None:
+        args.short_side_size = math.ceil(args.input_size / (args.crop_pct or 1))
+    elif args.crop_pct is not None:
+        raise UsageError("--short_side_size and --crop_pct say the same: give one of them")
+    if args.short_side_size < args.input_size:
+        raise UsageError(
+            f"--short_side_size {args.short_side_size} is less than --input_size {args.input_size}: crops do not fit"
+        )
+
+    if args.linear_probe and args.attentive_probe:
+        raise UsageError("--linear_probe and --attentive_probe: give one of them")
+    if probe_kind(args):
+        if args.layer_decay != 1:
+            raise UsageError(f"--layer_decay {args.layer_decay}: a probe trains no layers to decay over, use 1")
+        if args.cache_features and mixing(args):
+            raise UsageError(
+                "--mixup, --cutmix: a probe stores features, not clips: set them to 0, or --no-cache_features"
+            )
+        if not args.use_mean_pooling:
+            raise UsageError("--use_cls: a linear probe averages the tokens, an attentive one attends to them")
+    if mixing(args) and args.batch_size % 2:
+        raise UsageError(f"--batch_size {args.batch_size}: --mixup and --cutmix pair clips, it must be even")
+    if args.finetune and args.resume:
+        raise UsageError("--finetune starts a run from weights, --resume goes on with one: give one of them")
+
+
+def probe_kind(args) -> str:
+    return "linear" if args.linear_probe else "attentive" if args.attentive_probe else ""
+
+
+def mixing(args) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+# --- model -------------------------------------------------------------------------------------------------------
+
+
+def build_classifier(args, position_table: torch.Tensor | None) -> torch.nn.Module:
+    """The classifier, or the probe, that the flags describe.
+
+    position_table: of the checkpoint to come, or None; where it is not the fixed one, the model learns its own.
+    """
+    learned = position_table is not None and not torch.allclose(
+        position_table.float().cpu(),
+        modeling_finetune.get_sinusoid_encoding_table(*position_table.shape[1:]),
+        atol=1e-4,
+    )
+    probe = probe_kind(args)
+    model = create_model(
+        args,
+        "modeling_finetune",
+        num_classes=0 if probe else args.nb_classes,
+        fc_drop_rate=args.fc_drop_rate,
+        drop_rate=args.drop,
+        attn_drop_rate=args.attn_drop_rate,
+        init_scale=args.init_scale,
+        use_mean_pooling=args.use_mean_pooling and not probe,
+        use_learnable_pos_emb=learned,
+    )
+    return modeling_finetune.Probe(model, probe, args.nb_classes) if probe else model
+
+
+def load_finetune(args, model: torch.nn.Module | None = None) -> torch.nn.Module:
+    """A classifier that starts from --finetune's encoder, with a line on what was taken. Raises CheckpointError."""
+    path = args.finetune
+    state = load_checkpoint(path)
+    weights = encoder_weights(state, path, tuple(args.model_key.split("|")), args.model_prefix)
+    table = weights.get("pos_embed")
+    model = build_classifier(args, table)
+    encoder = model.encoder if probe_kind(args) else model
+    grid = None
+    if table is not None:
+        grid = position_grid(state, table, encoder.patch_embed.grid, args.tubelet_size, path)
+    log(f"{path}: {load_encoder(encoder, weights, path, grid)}")
+    return model
+
+
+def load_finished(args, path: str | Path, state: dict) -> torch.nn.Module:
+    """The classifier of a checkpoint of this script, or of VideoMAE's fine-tuning, whole. Raises CheckpointError."""
+    keys = ("model_ema",) * args.model_ema + tuple(args.model_key.split("|"))
+    if probe_kind(args):
+        weights = model_weights(state, path, keys, drop=())
+    else:
+        weights = encoder_weights(state, path, keys, args.model_prefix)
+    model = build_classifier(args, weights.get("encoder.pos_embed", weights.get("pos_embed")))
+    if "head.weight" not in weights:
+        raise CheckpointError(f"{path}: has no classifier (a pre-training checkpoint?), so it cannot be tested")
+    load_weights(model, weights, path)
+    return model
+
+
+class Run:
+    """Model, optimizer, moving average and the best accuracy so far: the state that a checkpoint holds."""
+
+    def __init__(self, args, model: torch.nn.Module, device: torch.device):
+        self.args, self.device = args, device
+        try:
+            optimizer = create_optimizer(
+                parameter_groups(model.to(device), args.weight_decay, args.layer_decay),
+                args.opt, args.lr, args.opt_betas, args.opt_eps, args.momentum,
+            )  # fmt: skip
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        self.backend = Backend(model, optimizer, device, args.amp, args.accum_iter, args.clip_grad)
+        self.ema = None
+        if args.model_ema:
+            ema_device = torch.device("cpu") if args.model_ema_force_cpu else None
+            self.ema = ModelEmaV3(model, args.model_ema_decay, device=ema_device)
+        self.best = {"acc1": -1.0, "epoch": -1}
+
+    @property
+    def evaluated(self) -> torch.nn.Module:
+        """The model whose accuracy counts: the moving average where there is one."""
+        if self.ema is None:
+            return self.backend.raw
+        return copy.deepcopy(self.ema.module).to(self.device) if self.args.model_ema_force_cpu else self.ema.module
+
+    def weights(self, epoch: int) -> dict:
+        """What checkpoint-best.pth holds; `model` has VideoMAE's names."""
+        state = {"model": self.backend.raw.state_dict(), "epoch": epoch, "best": self.best, "args": vars(self.args)}
+        return state | ({"model_ema": self.ema.module.state_dict()} if self.ema else {})
+
+    def state(self, epoch: int) -> dict:
+        """What checkpoint-N.pth holds."""
+        return self.weights(epoch) | self.backend.state_dict() | {"rng": rng_state(self.device)}
+
+    def load(self, path: Path, state: dict) -> int:
+        """Restores everything; returns the next epoch. Raises CheckpointError."""
+        needed = ["model", "optimizer", "scaler", "rng", "epoch", "best"] + ["model_ema"] * bool(self.ema)
+        missing = [key for key in needed if key not in state]
+        if missing:
+            raise CheckpointError(
+                f"{path}: cannot be resumed, it has no {', '.join(missing)}; to start from its weights use --finetune"
+            )
+        load_weights(self.backend.raw, state["model"], path)
+        if self.ema:
+            load_weights(self.ema.module, state["model_ema"], path)
+        try:
+            self.backend.load_state_dict(state)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: its optimizer does not fit (--opt, --layer_decay): {error}") from error
+        set_rng_state(state["rng"], self.device)
+        self.best = state["best"]
+        return state["epoch"] + 1
+
+
+# --- the run -----------------------------------------------------------------------------------------------------
+
+
+def build_loaders(args) -> dict:
+    """Loaders "train" (unless --eval), "val" (unless disabled) and "test". Raises UsageError, ListError."""
+    try:
+        loaders = {} if args.eval else {"train": build_finetuning_loader(args, args.rank, args.world_size)}
+        for split in ("val", "test"):
+            if split == "test" or not (args.eval or args.disable_eval_during_finetuning):
+                loaders[split] = build_evaluation_loader(args, split, args.rank, args.world_size)
+    except (ValueError, ImportError) as error:  # the lists, the batch size, --aa, a decoder that is not installed
+        raise UsageError(str(error)) from error
+    for split in ("val", "test"):  # a missing file would only show after an epoch of training
+        dataset = loaders[split].dataset if split in loaders and not args.allow_missing else None
+        absent = [path for path in dataset.paths if not os.path.isfile(path)] if dataset else []
+        if absent:
+            raise UsageError(
+                f"{dataset.list_path}: {len(absent)} of {len(dataset)} videos do not exist, {absent[0]} for one: "
+                "correct the list, or count them as wrong with --allow_missing"
+            )
+    return loaders
+
+
+def store_probe_features(run: Run, loaders: dict, recipe: FinetuneRecipe) -> None:
+    """Puts features of the frozen encoder in the place of the clips of "train" and "val"."""
+    args, probe = run.args, run.backend.raw
+    train = build_finetuning_loader(args, args.rank, args.world_size, drop_last=False)
+    train.sampler.set_epoch(0)
+    clips = len(train.sampler) * args.num_sample
+    log(f"the frozen encoder reads {clips} clips for training")
+    batches = list(store_features(probe, train, recipe, args.amp, clips))
+    features, label = (torch.cat([batch[name] for batch in batches]) for name in ("video", "label"))
+    loaders["train"] = FeatureLoader(features, label, args.batch_size, args.seed)
+    if "val" in loaders:
+        batches = list(store_features(probe, loaders["val"], recipe, args.amp, len(loaders["val"].dataset)))
+        loaders["val"] = StoredViews(loaders["val"], batches)
+
+
+def test(model: torch.nn.Module, loader, recipe: FinetuneRecipe, args, source: str, output: Path | None) -> Scores:
+    """The multi-view test; prints the accuracies and writes the report's files into the output folder."""
+    views = f"{args.test_num_segment} x {args.test_num_crop} views"
+    log(f"testing {source}: {len(loader.dataset)} videos, {views}")
+    scores = evaluate(model, loader, recipe, args.amp, args.batch_size, args.allow_missing, "test")
+    log(
+        f"test: top-1 {scores.accuracy(1):.2f} %, top-5 {scores.accuracy(5):.2f} %, {len(scores.label)} videos, {views}"
+    )
+    if output and is_main_process():
+        names = class_names(os.path.dirname(loader.dataset.list_path), args.nb_classes)
+        settings = {
+            "list": str(loader.dataset.list_path),
+            "checkpoint": source,
+            "temporal_clips": args.test_num_segment,
+            "spatial_crops": args.test_num_crop,
+        }
+        write_report(output, scores, loader.dataset.paths, names, settings)
+        log(f"wrote test.json, per_class.csv, predictions.csv, scores.npz and confusion.png to {output}")
+    return scores
+
+
+def run_finetuning(args) -> None:
+    check_flags(args)
+    init_distributed(args)
+    resolve_amp(args)
+    device = torch.device(args.device, args.local_rank) if args.device == "cuda" else torch.device("cpu")
+    seed_everything(args.seed)  # the same weights on every rank
+    loaders = build_loaders(args)
+    if args.eval:
+        steps_per_epoch = 1
+    else:
+        clips = len(loaders["train"].sampler) * args.num_sample
+        batches = clips // args.batch_size if stores_features(args) else len(loaders["train"])
+        steps_per_epoch = batches // args.accum_iter
+        if not steps_per_epoch:
+            raise UsageError(
+                f"--accum_iter {args.accum_iter} needs as many batches an epoch, the list gives {batches}; lower it or "
+                "--batch_size"
+            )
+    effective_batch = args.batch_size * args.accum_iter * args.world_size
+    scale = effective_batch / 256
+    mean, std = mean_and_std(args.imagenet_default_mean_and_std)
+    warmup_steps = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
+    recipe = FinetuneRecipe(
+        mean=torch.tensor(mean, device=device),
+        std=torch.tensor(std, device=device),
+        lr=args.lr * scale,
+        min_lr=args.min_lr * scale,
+        warmup_lr=args.warmup_lr * scale,
+        weight_decay=args.weight_decay,
+        weight_decay_end=args.weight_decay_end,
+        warmup_steps=warmup_steps,
+        steps_per_epoch=steps_per_epoch,
+        epochs=args.epochs,
+        print_freq=args.print_freq,
+        smoothing=args.smoothing,
+        mixup=Mixup(
+            args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+            label_smoothing=args.smoothing, num_classes=args.nb_classes,
+        ) if mixing(args) else None,
+    )  # fmt: skip
+
+    if args.eval:
+        path, state = find_finished(args)
+        model = load_finished(args, path, state).to(device)
+        output, _ = open_output(args, "eval_args.json")
+        test(model, loaders["test"], recipe, args, str(path), output)
+        return
+
+    found = find_resume(args)
+    if found:
+        state = found[1].get("model", {})
+        model = build_classifier(args, state.get("encoder.pos_embed", state.get("pos_embed")))
+    else:
+        model = load_finetune(args) if args.finetune else build_classifier(args, None)
+    run = Run(args, model, device)
+    seed_everything(args.seed + args.rank)  # dropout, stochastic depth and mixup differ between ranks
+    output, recipe.log_writer = open_output(args)
+    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log(
+        f"{args.model}: {num_parameters / 1e6:.1f} M parameters to train, {args.nb_classes} classes, "
+        f"{probe_kind(args) + ' probe' if probe_kind(args) else 'all layers'}"
+        f"{'' if found or args.finetune else ', from random weights (no --finetune)'}"
+        f"\n{args.data_set}: {args.num_frames} frames from {args.num_segments} segment(s), "
+        f"stride {args.sampling_rate}, horizontal flip {'on' if args.flip else 'off'}"
+        f"\n{args.world_size} process(es) x {args.batch_size} clips x {args.accum_iter} = {effective_batch} a step, "
+        f"{steps_per_epoch} steps an epoch, {args.epochs} epochs"
+        f"\nlearning rate {args.lr:.3g} x {effective_batch} / 256 = {recipe.lr:.3g}, {warmup_steps} warm-up steps"
+        f"{' (longer than the run)' if warmup_steps > recipe.total_steps else ''}; {args.device}, --amp {args.amp}"
+    )
+    first_epoch = resume(run, args, found)
+    if found and output and (output / "checkpoint-best.pth").exists():
+        best = load_checkpoint(output / "checkpoint-best.pth").get("best", run.best)
+        run.best = max(
+            run.best, best, key=lambda entry: entry["acc1"]
+        )  # what a killed run reached after its checkpoint
+    if output and is_main_process():
+        drop_epochs_from(output / "log.txt", first_epoch)
+    if first_epoch < args.epochs:
+        train(run, loaders, recipe, first_epoch, output, num_parameters)
+    elif output and (output / "test.json").exists():
+        log(f"nothing to do: {args.epochs} epochs are finished and tested ({output / 'test.json'})")
+        return
+    barrier()  # the best checkpoint is written
+    model, source = run.evaluated, f"the weights after epoch {args.epochs - 1}"
+    best_path = output / "checkpoint-best.pth" if output else None
+    if best_path and best_path.exists() and "val" in loaders:
+        model = load_finished(args, best_path, load_checkpoint(best_path)).to(device)
+        source = str(best_path)
+    test(model, loaders["test"], recipe, args, source, output)
+
+
+def stores_features(args) -> bool:
+    return bool(probe_kind(args)) and args.cache_features
+
+
+def find_finished(args) -> tuple[str | Path, dict]:
+    """The checkpoint --eval tests: --finetune, --resume, the best in --output_dir, or the newest there."""
+    if args.finetune:
+        return args.finetune, load_checkpoint(args.finetune)
+    best = Path(args.output_dir, "checkpoint-best.pth")
+    if not args.resume and args.output_dir and best.exists():
+        return best, load_checkpoint(best)
+    found = find_resume(args)
+    if found is None:
+        raise UsageError(
+            "--eval: nothing to test; name a fine-tuned checkpoint with --finetune, or a finished run with --output_dir"
+        )
+    return found
+
+
+def validate(run: Run, loader, recipe: FinetuneRecipe, epoch: int, output: Path | None) -> dict[str, float]:
+    """Accuracies of the central view of each video; writes checkpoint-best.pth when top-1 has risen."""
+    args = run.args
+    scores = evaluate(run.evaluated, loader, recipe, args.amp, args.batch_size, args.allow_missing)
+    stats = {"val_acc1": scores.accuracy(1), "val_acc5": scores.accuracy(5), "val_loss": scores.loss()}
+    if stats["val_acc1"] > run.best["acc1"]:
+        run.best = {"acc1": stats["val_acc1"], "epoch": epoch}
+        if output and args.save_ckpt and is_main_process():
+            save_checkpoint(output / "checkpoint-best.pth", run.weights(epoch))
+    log(
+        f"epoch {epoch} validation: top-1 {stats['val_acc1']:.2f} %, top-5 {stats['val_acc5']:.2f} %, loss "
+        f"{stats['val_loss']:.4g}; best top-1 {run.best['acc1']:.2f} % in epoch {run.best['epoch']}"
+    )
+    if recipe.log_writer is not None:
+        for name, value in stats.items():
+            recipe.log_writer.add_scalar(name.replace("_", "/"), value, (epoch + 1) * recipe.steps_per_epoch)
+    return stats
+
+
+def train(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, output: Path | None, num_parameters: int):
+    """Epochs from first_epoch to the last, each followed by validation ("val" in loaders)."""
+    args = run.args
+    start = time.time()
+    if output and is_main_process():
+        (output / "test.json").unlink(missing_ok=True)  # it is about other weights
+    if stores_features(args):
+        store_probe_features(run, loaders, recipe)
+    for epoch in range(first_epoch, args.epochs):
+        loaders["train"].sampler.set_epoch(epoch)
+        stats = train_one_epoch(run.backend, loaders["train"], recipe, epoch, run.ema)
+        stats = {f"train_{name}": value for name, value in stats.items()}
+        last = epoch + 1 == args.epochs
+        saving = last or (epoch + 1) % args.save_ckpt_freq == 0
+        problem = None
+        try:
+            if "val" in loaders:
+                stats |= validate(run, loaders["val"], recipe, epoch, output)
+        except VideoError as error:  # raised on every process: save what was trained, then stop
+            problem, saving = error, True
+        if output and args.save_ckpt and saving:
+            state = run.state(epoch)  # every rank gives its random state
+            if is_main_process():
+                save_checkpoint(output / f"checkpoint-{epoch}.pth", state)
+        if problem:
+            raise problem
+        if output and is_main_process():
+            append_json_line(output / "log.txt", stats | {"epoch": epoch, "n_parameters": num_parameters})
+    if recipe.log_writer is not None:
+        recipe.log_writer.close()
+    log(f"training took {format_time(time.time() - start)}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run_script(run_finetuning, parse_args(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""What run_mae_pretraining.py and run_class_finetuning.py share: flags, their checks, output folder, resume, exit."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+
+from checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from datasets.video import DECODERS, ListError, VideoError
+from utils import UsageError, is_main_process, log, write_run_description
+
+SWITCH = argparse.BooleanOptionalAction
+
+
+def new_parser(description: str, **kwargs) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs
+    )
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--batch_size", default=64, type=int, help="clips a process and micro-batch")
+    group.add_argument("--epochs", type=int, help="passes over the list of videos")
+    group.add_argument(
+        "--accum_iter",
+        "--update_freq",
+        default=1,
+        type=int,
+        help="micro-batches an optimizer step: effective batch = all clips of a step",
+    )
+    group.add_argument("--save_ckpt_freq", type=int, help="epochs between checkpoints (the last is kept too)")
+    group.add_argument("--print_freq", default=20, type=int, help="micro-batches between progress lines")
+    group.add_argument("--output_dir", default="", help="folder for checkpoints, log.txt and args.json; empty: none")
+    group.add_argument("--log_dir", default=None, help="folder for tensorboard files")
+    group.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=["cuda", "cpu"],
+        help="cuda where torch sees a GPU",
+    )
+    group.add_argument("--seed", default=0, type=int, help="decides weights, data order, augmentation and masks")
+    group.add_argument("--resume", default="", help="checkpoint of this script to go on from")
+    group.add_argument(
+        "--auto_resume", default=True, action=SWITCH, help="go on from the newest checkpoint in --output_dir"
+    )
+    group.add_argument("--no_auto_resume", dest="auto_resume", action="store_false", help=argparse.SUPPRESS)
+    group.add_argument("--start_epoch", default=0, type=int, help="first epoch; set by a resume")
+    group.add_argument("--finetune", default="", help="checkpoint to take weights from at the start")
+    group.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "none"],
+                       help="mixed precision; auto: bf16 on a GPU that has it, none elsewhere")  # fmt: skip
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="a model of this project, by timm's registry")
+    group.add_argument("--input_size", default=224, type=int, help="height and width of a clip in pixels")
+    group.add_argument("--num_frames", default=16, type=int, help="frames of a clip")
+    group.add_argument("--patch_size", default=None, type=int, help="pixels; default: the model's")
+    group.add_argument("--tubelet_size", default=2, type=int, help="frames of a token")
+    group.add_argument("--drop_path", type=float, help="stochastic depth rate of the last block")
+    group.add_argument("--use_checkpoint", default=False, action=SWITCH, help="recompute blocks: less memory, slower")
+    return group
+
+
+def add_optimizer_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--opt", default="adamw", help="an optimizer of timm")
+    group.add_argument("--opt_eps", default=1e-8, type=float, help="of Adam and its kin")
+    group.add_argument("--opt_betas", default=None, type=float, nargs="+", help="default: the optimizer's own")
+    group.add_argument("--clip_grad", default=None, type=float, help="gradient norm; default: no clipping")
+    group.add_argument("--momentum", default=0.9, type=float, help="of SGD and its kin")
+    group.add_argument("--weight_decay", default=0.05, type=float, help="of matrices; biases and norms have none")
+    group.add_argument("--weight_decay_end", default=None, type=float, help="cosine to this value; default: constant")
+    group.add_argument("--lr", type=float, help="for 256 clips a step; scaled by effective batch / 256")
+    group.add_argument("--warmup_lr", default=1e-6, type=float, help="at the first step; scaled like --lr")
+    group.add_argument("--min_lr", type=float, help="at the end; scaled like --lr")
+    group.add_argument("--warmup_epochs", type=int, help="of linearly rising learning rate")
+    group.add_argument("--warmup_steps", default=-1, type=int, help="0 or more: overrides --warmup_epochs")
+    return group
+
+
+def add_data_flags(parser: argparse.ArgumentParser, data_path_help: str) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", default="/path/to/list_kinetics-400", help=data_path_help)
+    group.add_argument("--sampling_rate", default=4, type=int, help="frames between two frames of a clip")
+    group.add_argument("--num_sample", type=int, help="clips from one decode of a video; divides --batch_size")
+    group.add_argument(
+        "--train_interpolation", default="bicubic", choices=["random", "bilinear", "bicubic"], help="of the resize"
+    )
+    group.add_argument("--color_jitter", type=float, help="strength; 0: none")
+    group.add_argument(
+        "--imagenet_default_mean_and_std", default=True, action=SWITCH, help="input statistics; else 0.5 and 0.5"
+    )
+    group.add_argument(
+        "--decoder",
+        default="auto",
+        choices=["auto", *DECODERS],
+        help="auto: the faster one that is installed, then the other",
+    )
+    group.add_argument("--num_workers", default=10, type=int, help="loader processes")
+    group.add_argument("--pin_mem", default=True, action=SWITCH, help="page-locked batches for faster copies to a GPU")
+    group.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)
+    return group
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("processes (set by torchrun, mpirun or srun)")
+    group.add_argument("--world_size", default=1, type=int, help="read where RANK is set and WORLD_SIZE is not")
+    group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="read where LOCAL_RANK is not set")
+    group.add_argument("--dist_on_itp", default=False, action=SWITCH, help="read Open MPI's variables")
+    group.add_argument("--dist_url", default="env://", help="rendezvous")
+
+
+def check_ranges(args, at_least_1: str = "", positive: str = "", not_negative: str = "", rates: str = "") -> None:
+    """Checks the named flags (names split by spaces); the shared flags are always checked. Raises UsageError."""
+    for name in ("batch_size epochs accum_iter save_ckpt_freq print_freq input_size num_frames tubelet_size "
+                 "sampling_rate num_sample " + at_least_1).split():  # fmt: skip
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("lr " + positive).split():
+        if not getattr(args, name) > 0:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be greater than 0")
+    for name in ("min_lr warmup_lr warmup_epochs weight_decay num_workers color_jitter seed start_epoch opt_eps "
+                 + not_negative).split():  # fmt: skip
+        if not getattr(args, name) >= 0:
+            raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
+    for name in ("patch_size", "clip_grad"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be greater than 0; leave it out for the default")
+    for name in ("drop_path " + rates).split():
+        if not 0 <= getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 0 and less than 1")
+    if args.opt_betas is not None and not (len(args.opt_betas) == 2 and all(0 <= b < 1 for b in args.opt_betas)):
+        raise UsageError(f"--opt_betas {args.opt_betas}: two numbers of at least 0 and less than 1")
+    if args.batch_size % args.num_sample:
+        raise UsageError(f"--batch_size {args.batch_size} (clips) is not divisible by --num_sample {args.num_sample}")
+    if args.device == "cpu" and args.amp == "fp16":
+        raise UsageError("--amp fp16 needs a GPU; on the CPU use bf16 or none")
+
+
+def resolve_amp(args) -> None:
+    if args.amp == "auto":
+        args.amp = (
+            "bf16" if args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "none"
+        )
+
+
+def create_model(args, module: str, **kwargs) -> torch.nn.Module:
+    """The --model of modeling_pretrain or modeling_finetune, with the flags all of them take. Raises UsageError."""
+    names = timm.list_models(module=module)
+    if args.model not in names:
+        raise UsageError(f"--model {args.model}: unknown; one of {', '.join(names)}")
+    if args.patch_size:
+        kwargs["patch_size"] = args.patch_size
+    try:
+        return timm.create_model(
+            args.model,
+            img_size=args.input_size,
+            all_frames=args.num_frames,
+            tubelet_size=args.tubelet_size,
+            drop_path_rate=args.drop_path,
+            use_checkpoint=args.use_checkpoint,
+            **kwargs,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def open_output(args, description: str = "args.json") -> tuple[Path | None, object]:
+    """The main process makes --output_dir, writes the description of the run there, and opens --log_dir.
+
+    Returns: the output folder, or None; tensorboard's writer, or None. Raises UsageError.
+    """
+    output = Path(args.output_dir) if args.output_dir else None
+    if not is_main_process():
+        return output, None
+    if output:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            write_run_description(output / description, args)
+        except OSError as error:
+            raise UsageError(f"--output_dir {output}: cannot be written ({error.strerror})") from error
+    if not args.log_dir:
+        return output, None
+    from tensorboardX import SummaryWriter
+
+    return output, SummaryWriter(args.log_dir)
+
+
+# Flags that may change between a run and its resume without changing what is computed.
+FREE_ON_RESUME = {
+    "resume", "auto_resume", "start_epoch", "output_dir", "log_dir", "num_workers", "pin_mem", "print_freq", "rank",
+    "local_rank", "world_size", "distributed", "dist_url", "dist_on_itp", "save_ckpt_freq", "finetune",
+    "use_checkpoint", "eval", "test_num_segment", "test_num_crop", "allow_missing", "test_data_path", "save_ckpt",
+}  # fmt: skip
+
+
+def find_resume(args) -> tuple[Path, dict] | None:
+    """--resume's checkpoint, or the newest in --output_dir. Raises CheckpointError."""
+    if args.resume:
+        return Path(args.resume), load_checkpoint(args.resume)
+    return latest_checkpoint(args.output_dir) if args.auto_resume and args.output_dir else None
+
+
+def resume(run, args, found: tuple[Path, dict] | None) -> int:
+    """The epoch to start with: after the checkpoint found, else --start_epoch.
+
+    run.load(path, state) restores a checkpoint and returns the epoch after it. Raises CheckpointError.
+    """
+    if found is None:
+        return args.start_epoch
+    path, state = found
+    saved = state.get("args", {})
+    changed = [
+        f"--{name} {saved[name]} -> {value}"
+        for name, value in vars(args).items()
+        if name in saved and saved[name] != value and name not in FREE_ON_RESUME
+    ]
+    next_epoch = run.load(path, state)
+    log(f"resumed after epoch {next_epoch - 1} from {path}")
+    if changed:
+        log(f"note: flags differ from the run that wrote it: {', '.join(changed)}")
+    return next_epoch
+
+
+def run_script(train: Callable, args) -> None:
+    """train(args), with what the user can put right as one line and a non-zero status."""
+    try:
+        train(args)
+    except (UsageError, ListError, VideoError, CheckpointError) as error:
+        # an error from a loader process comes with that process's traceback around it
+        sys.exit(f"error: {str(error).rsplit('VideoError: ', 1)[-1].strip()}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
