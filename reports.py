@@ -80,7 +80,7 @@ def draw_confusion(path: Path, matrix: Tensor, names: list[str], title: str) -> 
     from matplotlib.figure import Figure
 
     num_classes = len(names)
-    share = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
+    share = (matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     side = min(max(4.5, 0.32 * num_classes), 16)
     figure = Figure(figsize=(side + 1.5, side), layout="constrained")
     axes = figure.add_subplot()

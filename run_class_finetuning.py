@@ -171,6 +171,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check_flags(args) -> None:
     """Fills in the data set's defaults. Raises UsageError for values that make no sense alone or together."""
+    if args.eval:
+        args.num_sample = 1  # a test takes no training clips
     check_ranges(
         args,
         at_least_1="test_num_segment test_num_crop recount",
@@ -225,7 +227,7 @@ def check_flags(args) -> None:
             )
         if not args.use_mean_pooling:
             raise UsageError("--use_cls: a linear probe averages the tokens, an attentive one attends to them")
-    if mixing(args) and args.batch_size % 2:
+    if mixing(args) and args.batch_size % 2 and not args.eval:
         raise UsageError(f"--batch_size {args.batch_size}: --mixup and --cutmix pair clips, it must be even")
     if args.finetune and args.resume:
         raise UsageError("--finetune starts a run from weights, --resume goes on with one: give one of them")
@@ -282,9 +284,9 @@ def load_finetune(args, model: torch.nn.Module | None = None) -> torch.nn.Module
     return model
 
 
-def load_finished(args, path: str | Path, state: dict) -> torch.nn.Module:
+def load_finished(args, path: str | Path, state: dict, keys: str = "model") -> torch.nn.Module:
     """The classifier of a checkpoint of this script, or of VideoMAE's fine-tuning, whole. Raises CheckpointError."""
-    keys = ("model_ema",) * args.model_ema + tuple(args.model_key.split("|"))
+    keys = ("model_ema",) * args.model_ema + tuple(keys.split("|"))
     if probe_kind(args):
         weights = model_weights(state, path, keys, drop=())
     else:
@@ -453,7 +455,7 @@ def run_finetuning(args) -> None:
 
     if args.eval:
         path, state = find_finished(args)
-        model = load_finished(args, path, state).to(device)
+        model = load_finished(args, path, state, args.model_key).to(device)
         output, _ = open_output(args, "eval_args.json")
         test(model, loaders["test"], recipe, args, str(path), output)
         return

@@ -116,12 +116,22 @@ def auto_augmentation(config, size, interpolation="bicubic"):
     makers = {"rand": auto_augment.rand_augment_transform, "augmix": auto_augment.augment_and_mix_transform}
     make = makers.get(config.split("-")[0], auto_augment.auto_augment_transform)
     try:
-        return make(config, hparams)
+        augment = make(config, hparams)
+        operations = augment.ops if hasattr(augment, "ops") else [op for pair in augment.policy for op in pair]
+        for operation in operations:
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+        return augment
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(
             f"--aa {config}: no augmentation of timm ({error or 'unknown part'}); for example rand-m7-n4-mstd0.5-inc1, "
             "augmix-m5-w4-d2, v0, or none"
         ) from error
+
+
+def _posterize(image, bits, **unused):
+    """timm's goes down to 0 bits at the strongest magnitude, an error in current Pillow."""
+    return auto_augment.posterize(image, max(bits, 1))
 
 
 def augment_frames(clip, augment, rng):

@@ -1,10 +1,14 @@
 # Sourced by the scripts in the folders beside it. Settings come from the environment, further flags of the Python
 # script from the command line; what comes last wins.
 #
-#   DATA_PATH    list file of the videos (required)         OUTPUT_DIR   default output/<name of the script's run>
-#   GPUS         processes on this node; 0 = CPU            NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes
-#                (default: the GPUs nvidia-smi lists)       PYTHON       interpreter (default: .venv's, else python3)
-#   MODEL  MASK_RATIO  BATCH_SIZE (a process)  ACCUM_ITER  EPOCHS  WARMUP_EPOCHS  LR  NUM_WORKERS  SAVE_FREQ  SEED
+#   DATA_PATH    list file of the videos (required); fine-tuning: folder with train.csv and val.csv, or a list
+#   MODEL_PATH   fine-tuning: checkpoint to start from (required; none: train from scratch)
+#   OUTPUT_DIR   default output/<name of the script's run>
+#   GPUS         processes on this node; 0 = CPU (default: the GPUs nvidia-smi lists)
+#   NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes
+#   PYTHON       interpreter (default: .venv's, else python3)
+#   MODEL  MASK_RATIO  BATCH_SIZE (a process)  NUM_SAMPLE  ACCUM_ITER  EPOCHS  WARMUP_EPOCHS  LR  NUM_WORKERS  SAVE_FREQ
+#   SEED
 #   DRY_RUN=1    print the command instead of running it
 set -euo pipefail
 
@@ -33,15 +37,19 @@ launch() {
     fi
 }
 
-# pretrain NAME FLAGS...: the recipe of the paper's tables 4 and 8 for every method and data set.
-pretrain() {
-    local name=$1
-    shift
+need_data() {
     if [ -z "${DATA_PATH:-}" ]; then
         echo "error: set DATA_PATH to the list of training videos (a line a video: path label), e.g." >&2
         echo "  DATA_PATH=/data/train.csv bash $0" >&2
         exit 2
     fi
+}
+
+# pretrain NAME FLAGS...: the recipe of the paper's tables 4 and 8 for every method and data set.
+pretrain() {
+    local name=$1
+    shift
+    need_data
     local output=${OUTPUT_DIR:-$REPOSITORY/output/$name}
     launch run_mae_pretraining.py \
         --data_path "$DATA_PATH" \
@@ -70,3 +78,37 @@ pretrain() {
 TATS_FLAGS=(--mask_type tats --tats_attention orthoformer --tats_blocks 1 --num_landmarks 128 --softmax_temp 1
     --tats_lr 1.5e-6 --tats_start_epoch 10 --tats_rollout_steps 1 --ppo_epochs 1 --ppo_clip 0.2
     --policy_coef 1e-4 --value_coef 1e-4 --entropy_coef 1e-4)
+
+# finetune NAME FLAGS...: the recipe of the paper's table 7; what it shares with the defaults of the flags (layer decay,
+# label smoothing, mixup, cutmix, drop path, weight decay) is not repeated, so that --linear_probe brings its own.
+finetune() {
+    local name=$1 initial=()
+    shift
+    need_data
+    if [ -z "${MODEL_PATH:-}" ]; then
+        echo "error: set MODEL_PATH to the checkpoint to fine-tune, or to none to train from scratch, e.g." >&2
+        echo "  MODEL_PATH=output/ssv2_tats/checkpoint-399.pth DATA_PATH=/data/ssv2 bash $0" >&2
+        exit 2
+    fi
+    if [ "$MODEL_PATH" != none ]; then initial=(--finetune "$MODEL_PATH"); fi
+    local output=${OUTPUT_DIR:-$REPOSITORY/output/$name}
+    launch run_class_finetuning.py \
+        --data_path "$DATA_PATH" \
+        --output_dir "$output" \
+        --log_dir "$output" \
+        --model "${MODEL:-vit_base_patch16_224}" \
+        "${initial[@]}" \
+        --batch_size "${BATCH_SIZE:-8}" \
+        --num_sample "${NUM_SAMPLE:-1}" \
+        --accum_iter "${ACCUM_ITER:-1}" \
+        --num_frames 16 \
+        --opt adamw \
+        --opt_betas 0.9 0.999 \
+        --lr "${LR:-1e-3}" \
+        --warmup_epochs "${WARMUP_EPOCHS:-5}" \
+        --epochs "${EPOCHS:-100}" \
+        --save_ckpt_freq "${SAVE_FREQ:-10}" \
+        --num_workers "${NUM_WORKERS:-8}" \
+        --seed "${SEED:-0}" \
+        "$@"
+}

@@ -1,0 +1,450 @@
+"""Whole runs of fine-tuning, probes and tests: modes, resume after kill -9, processes and workers, bad input."""
+
+import ast
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import run_mae_pretraining
+from datasets.moving_shapes import write_dataset
+from run_class_finetuning import PROBE_DEFAULTS, check_flags, get_parser, main, parse_args
+from tests.test_run_pretraining import free_port, read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "--data_set", "custom", "--nb_classes", "10", "--no-flip", "--model", "vit_tiny_patch8_64", "--input_size", "32",
+    "--num_frames", "4", "--sampling_rate", "2", "--batch_size", "4", "--num_workers", "0", "--device", "cpu",
+    "--print_freq", "2", "--warmup_epochs", "0", "--lr", "0.1", "--test_num_segment", "2", "--test_num_crop", "3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """Folder with train.csv (10 clips: 5 steps an epoch at batch 4 with 2 clips a video), val.csv (11), classes.txt."""
+    folder = write_dataset(tmp_path_factory.mktemp("shapes"), train=10, val=10, size=40, frames=12)
+    lines = (folder / "val.csv").read_text().splitlines()
+    (folder / "val.csv").write_text("\n".join([*lines, lines[3]]) + "\n")  # 11 entries: no number of processes divides
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(shapes, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    run_mae_pretraining.main(
+        ["--data_path", str(shapes / "train.csv"), "--model", "pretrain_videomae_tiny_patch8_64", "--input_size", "32",
+         "--num_frames", "4", "--sampling_rate", "2", "--decoder_depth", "1", "--batch_size", "4", "--num_workers", "0",
+         "--device", "cpu", "--epochs", "1", "--output_dir", str(folder)]
+    )  # fmt: skip
+    return folder / "checkpoint-0.pth"
+
+
+def flags_of(data_path, *flags) -> list[str]:
+    return ["--data_path", str(data_path), *TINY, *map(str, flags)]
+
+
+def run_here(data_path, *flags) -> None:
+    main(flags_of(data_path, *flags))
+
+
+def run(data_path, *flags, processes=1) -> str:
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
+    command += [str(ROOT / "run_class_finetuning.py"), *flags_of(data_path, *flags)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def scores(folder: Path) -> np.ndarray:
+    return np.load(folder / "scores.npz")["probability"]
+
+
+def weights(path: Path, key: str = "model") -> dict:
+    return torch.load(path, weights_only=True)[key]
+
+
+@pytest.fixture(scope="session")
+def finetuned(shapes, pretrained, tmp_path_factory) -> tuple[Path, str]:
+    """A finished run with everything on, and what it printed."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    flags = ["--finetune", pretrained, "--epochs", 3, "--model_ema", "--model_ema_decay", 0.5, "--num_workers", 1]
+    return folder, run(shapes, *flags, "--output_dir", folder, "--log_dir", folder)
+
+
+def test_everything_on(shapes, finetuned):
+    folder, output = finetuned
+    assert "54 tensors taken over; 4 start fresh: fc_norm.* (2), head.* (2)" in output
+    assert "left over: mask_token, decoder.* (17), encoder_to_decoder.weight, norm.* (2)" in output
+    assert "horizontal flip off" in output and "clips/s" in output
+    log = read_log(folder)
+    assert [record["epoch"] for record in log] == [0, 1, 2]
+    wanted = {"train_loss", "train_grad_norm", "train_skipped_steps", "val_acc1", "val_acc5", "val_loss"}
+    assert all(wanted <= set(record) for record in log)
+    best = torch.load(folder / "checkpoint-best.pth", weights_only=True)
+    accuracies = [record["val_acc1"] for record in log]
+    assert best["best"] == {"acc1": max(accuracies), "epoch": accuracies.index(max(accuracies))}
+    result = json.loads((folder / "test.json").read_text())
+    assert result["videos"] == 11 and result["unreadable"] == 0 and result["checkpoint"].endswith("checkpoint-best.pth")
+    assert (result["temporal_clips"], result["spatial_crops"]) == (2, 3)
+    rows = list(csv.DictReader(open(folder / "predictions.csv")))
+    assert len(rows) == 11 and result["acc1"] == pytest.approx(100 * np.mean([int(row["correct"]) for row in rows]))
+    assert len(list(csv.DictReader(open(folder / "per_class.csv")))) == 10
+    assert (folder / "per_class.csv").read_text().splitlines()[4].startswith("3,translate_down,2,")
+    assert (folder / "confusion.png").stat().st_size > 5000
+    (events,) = folder.glob("events*")
+    assert all(name in events.read_bytes() for name in (b"train/loss", b"val/acc1", b"train/lr"))
+
+
+def test_eval_alone_repeats_the_test(shapes, finetuned, tmp_path):
+    """From the run's folder (the best), and from a file named; the run's own args.json stays."""
+    folder, _ = finetuned
+    reference, described = scores(folder), (folder / "args.json").read_bytes()
+    run_here(shapes, "--eval", "--model_ema", "--output_dir", folder)
+    assert np.array_equal(scores(folder), reference)
+    assert (folder / "args.json").read_bytes() == described and (folder / "eval_args.json").exists()
+    flags = ["--eval", "--model_ema", "--finetune", folder / "checkpoint-best.pth"]
+    run_here(shapes, *flags, "--output_dir", tmp_path / "ema")
+    assert np.array_equal(scores(tmp_path / "ema"), reference)
+    run_here(shapes, *flags[:1], *flags[2:], "--output_dir", tmp_path / "raw")
+    assert not np.array_equal(scores(tmp_path / "raw"), reference)  # the average is another model
+
+
+def test_processes_and_workers_change_nothing(shapes, finetuned, tmp_path):
+    folder, _ = finetuned
+    flags = ["--eval", "--finetune", folder / "checkpoint-best.pth", "--output_dir"]
+    run_here(shapes, *flags, tmp_path / "one")
+    run(shapes, *flags, tmp_path / "workers", "--num_workers", 4)
+    run(shapes, *flags, tmp_path / "two", processes=2)
+    run(shapes, *flags, tmp_path / "three", "--num_workers", 1, "--batch_size", 7, processes=3)
+    reference = scores(tmp_path / "one")
+    assert reference.shape == (11, 10) and np.allclose(reference.sum(axis=1), 1, atol=1e-5)
+    assert np.array_equal(reference[3], reference[10])  # the same video twice in the list
+    assert np.array_equal(scores(tmp_path / "workers"), reference)
+    assert np.array_equal(scores(tmp_path / "two"), reference)
+    assert np.allclose(scores(tmp_path / "three"), reference, atol=1e-6)  # other batches, other rounding
+    for name in ("predictions.csv", "per_class.csv", "test.json"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+
+
+def test_finished_run_does_nothing_and_an_interrupted_test_is_done_again(shapes, finetuned):
+    folder, _ = finetuned
+    flags = ["--epochs", 3, "--model_ema", "--model_ema_decay", 0.5, "--output_dir", folder]
+    assert "nothing to do" in run(shapes, *flags)
+    reference = scores(folder)
+    (folder / "test.json").unlink()
+    (folder / "scores.npz").unlink()
+    output = run(shapes, *flags)
+    assert "resumed after epoch 2" in output and "top-1" in output
+    assert np.array_equal(scores(folder), reference)
+
+
+def test_resume_after_kill_gives_the_undisturbed_run(shapes, tmp_path):
+    flags = ["--epochs", 5, "--save_ckpt_freq", 2, "--num_workers", 1, "--drop_path", 0.2, "--drop", 0.1, "--model_ema",
+             "--model_ema_decay", 0.9, "--accum_iter", 2]  # fmt: skip
+    run(shapes, *flags, "--output_dir", tmp_path / "whole")
+    killed = tmp_path / "killed"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(ROOT / "run_class_finetuning.py"), *flags_of(shapes, *flags, "--output_dir", killed)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    for line in process.stdout:
+        if line.startswith("epoch 2 validation"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert (killed / "checkpoint-1.pth").exists() and not (killed / "checkpoint-3.pth").exists()
+    assert "resumed after epoch 1" in run(shapes, *flags, "--output_dir", killed)
+
+    def without_times(folder):
+        return [{name: v for name, v in record.items() if "time" not in name} for record in read_log(folder)]
+
+    assert without_times(killed) == without_times(tmp_path / "whole")
+    for name in ("checkpoint-4.pth", "checkpoint-best.pth"):
+        states = [torch.load(folder / name, weights_only=True) for folder in (killed, tmp_path / "whole")]
+        assert states[0]["best"] == states[1]["best"]
+        for key in ("model", "model_ema"):
+            assert all(torch.equal(value, states[1][key][n]) for n, value in states[0][key].items())
+    assert np.array_equal(scores(killed), scores(tmp_path / "whole"))
+
+
+def test_best_of_a_killed_run_is_not_replaced_by_worse(shapes, finetuned, tmp_path):
+    """checkpoint-best.pth may be newer than the newest checkpoint-N.pth."""
+    folder, _ = finetuned
+    state = torch.load(folder / "checkpoint-2.pth", weights_only=True)
+    best = torch.load(folder / "checkpoint-best.pth", weights_only=True)
+    torch.save(state | {"best": {"acc1": 0.0, "epoch": 0}}, tmp_path / "checkpoint-2.pth")
+    torch.save(best | {"best": {"acc1": 101.0, "epoch": 3}}, tmp_path / "checkpoint-best.pth")
+    run_here(shapes, "--epochs", 4, "--model_ema", "--output_dir", tmp_path)
+    assert weights(tmp_path / "checkpoint-best.pth", "best") == {"acc1": 101.0, "epoch": 3}
+    assert weights(tmp_path / "checkpoint-3.pth", "best") == {"acc1": 101.0, "epoch": 3}
+
+
+def test_two_processes_and_accumulation_follow_one_process(shapes, tmp_path):
+    """Clips belong to their seed, not to the process; without mixing within a batch the global batch is the same."""
+    flags = ["--epochs", 2, "--mixup", 0, "--cutmix", 0, "--drop_path", 0]
+    run_here(shapes, *flags, "--output_dir", tmp_path / "one")
+    run_here(shapes, *flags, "--batch_size", 2, "--update_freq", 2, "--output_dir", tmp_path / "accumulated")
+    run(shapes, *flags, "--batch_size", 2, "--output_dir", tmp_path / "two", processes=2)
+    reference = read_log(tmp_path / "one")
+    for folder in ("accumulated", "two"):
+        for record, expected in zip(read_log(tmp_path / folder), reference, strict=True):
+            for name in ("train_loss", "train_acc1", "val_loss"):
+                assert record[name] == pytest.approx(expected[name], rel=2e-4), (folder, name)
+            assert record["val_acc1"] == expected["val_acc1"]
+    assert np.allclose(scores(tmp_path / "two"), scores(tmp_path / "one"), atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["--cache_features", "--no-cache_features"])
+@pytest.mark.parametrize("kind", ["linear", "attentive"])
+def test_probe_trains_only_its_head(kind, cache, shapes, pretrained, tmp_path):
+    run_here(shapes, f"--{kind}_probe", cache, "--finetune", pretrained, "--epochs", 3, "--output_dir", tmp_path)
+    before, after = weights(pretrained), weights(tmp_path / "checkpoint-2.pth")
+    for name, value in after.items():
+        if name.startswith("encoder."):
+            assert torch.equal(value, before[name]), name
+    assert {name.split(".")[0] for name in after} == {"encoder", "pool", "head"}
+    log = read_log(tmp_path)
+    assert log[-1]["train_loss"] < log[0]["train_loss"] and "train_acc1" in log[0]
+    reference = scores(tmp_path)
+    run_here(shapes, f"--{kind}_probe", "--eval", "--output_dir", tmp_path)
+    assert np.array_equal(scores(tmp_path), reference)
+
+
+def test_probe_of_two_processes_and_resume(shapes, pretrained, tmp_path):
+    flags = ["--linear_probe", "--finetune", pretrained, "--batch_size", 2, "--save_ckpt_freq", 1, "--output_dir"]
+    run(shapes, *flags, tmp_path / "whole", "--epochs", 3, processes=2)
+    whole = read_log(tmp_path / "whole")
+    run(shapes, *flags, tmp_path / "resumed", "--epochs", 3, "--min_lr", 1e-6, processes=2)
+    (tmp_path / "resumed" / "checkpoint-2.pth").unlink()
+    (tmp_path / "resumed" / "test.json").unlink()
+    run(shapes, *flags, tmp_path / "resumed", "--epochs", 3, processes=2)
+    for record, expected in zip(read_log(tmp_path / "resumed"), whole, strict=True):
+        assert (record["train_loss"], record["val_acc1"]) == (expected["train_loss"], expected["val_acc1"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--use_cls", "--smoothing", 0, "--mixup", 0, "--cutmix", 0, "--aa", "none", "--remode", "const"],
+        ["--use_checkpoint", "--amp", "bf16", "--remode", "rand", "--recount", 3, "--reprob", 1, "--resplit"],
+        ["--model_ema", "--model_ema_force_cpu", "--mixup_mode", "pair", "--train_interpolation", "random"],
+        ["--cutmix_minmax", 0.2, 0.8, "--mixup_prob", 0.5, "--mixup_switch_prob", 1, "--mixup_mode", "elem"],
+        ["--disable_eval_during_finetuning", "--aa", "augmix-m5-w4-d2", "--attn_drop_rate", 0.1, "--fc_drop_rate", 0.5],
+        ["--no_save_ckpt", "--aa", "v0", "--opt", "sgd", "--lr", 0.01, "--layer_decay", 1, "--clip_grad", 1],
+        ["--data_set", "UCF101", "--nb_classes", 101, "--flip", "--num_segments", 4, "--dist_eval"],
+        ["--data_set", "SSV2", "--nb_classes", 174, "--short_side_size", 36, "--weight_decay", 0],
+        ["--tubelet_size", 1, "--patch_size", 16, "--crop_pct", 0.875, "--no-imagenet_default_mean_and_std"],
+        ["--weight_decay_end", 0.2, "--init_scale", 1, "--warmup_steps", 2, "--num_sample", 1, "--crop_scale", 0.5, 1],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_flags_are_taken(flags, shapes, tmp_path):
+    run_here(shapes, *flags, "--epochs", 2, "--test_num_segment", 1, "--test_num_crop", 1, "--output_dir", tmp_path)
+    assert np.isfinite(scores(tmp_path)).all() and (scores(tmp_path) > 0).any()
+    assert bool(list(tmp_path.glob("*.pth"))) != ("--no_save_ckpt" in flags)
+    assert (tmp_path / "checkpoint-best.pth").exists() == (
+        flags[0] not in ("--no_save_ckpt", "--disable_eval_during_finetuning")
+    )
+
+
+def test_single_view_test_is_the_validation(shapes, tmp_path):
+    run_here(shapes, "--epochs", 1, "--test_num_segment", 1, "--test_num_crop", 1, "--output_dir", tmp_path)
+    result, record = json.loads((tmp_path / "test.json").read_text()), read_log(tmp_path)[0]
+    assert result["acc1"] == record["val_acc1"] and result["loss"] == pytest.approx(record["val_loss"], rel=1e-6)
+
+
+def test_foreign_checkpoints(shapes, pretrained, tmp_path, capsys):
+    """VideoMAE's .pth (Namespace, encoder.), DeepSpeed's (module), one with AdaMAE's sampler, a bare one: one result."""
+    state = weights(pretrained)
+    sampler = {"encoder.get_token_probs.0.weight": torch.zeros(3), "encoder.pos_embed_probs": torch.zeros(3)}
+    files = {
+        "videomae": {"model": state, "args": Namespace(num_frames=4), "epoch": 1},
+        "deepspeed": {"module": state},
+        "adamae": {"model": state | sampler},
+        "bare": {f"module.{name}": value for name, value in state.items()},
+    }
+    results = []
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        run_here(shapes, "--finetune", tmp_path / f"{name}.pth", "--epochs", 1, "--output_dir", tmp_path / name)
+        results.append(scores(tmp_path / name))
+        output = capsys.readouterr().out
+        assert "54 tensors taken over" in output
+        assert ("pos_embed_probs" in output) == (name == "adamae")
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_other_frames_and_size_and_a_learned_position_table(shapes, pretrained, tmp_path, capsys):
+    run_here(shapes, "--finetune", pretrained, "--num_frames", 8, "--input_size", 40, "--epochs", 1)
+    state = weights(pretrained)
+    table = torch.randn(1, 2 * 4 * 4, 96)
+    torch.save({"model": state | {"encoder.pos_embed": table}, "args": {"num_frames": 4}}, tmp_path / "learned.pth")
+    run_here(shapes, "--finetune", tmp_path / "learned.pth", "--num_frames", 8, "--input_size", 40, "--epochs", 1,
+             "--lr", 1e-9, "--output_dir", tmp_path / "out")  # fmt: skip
+    assert "55 tensors taken over" in capsys.readouterr().out
+    kept = weights(tmp_path / "out" / "checkpoint-0.pth")["pos_embed"]
+    expected = torch.nn.functional.interpolate(
+        table.transpose(1, 2).reshape(1, 96, 2, 4, 4), size=(4, 5, 5), mode="trilinear"
+    )
+    assert torch.allclose(kept, expected.reshape(1, 96, 100).transpose(1, 2), atol=1e-5)
+    run_here(shapes, "--num_frames", 8, "--input_size", 40, "--eval", "--output_dir", tmp_path / "out")  # learned again
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+def bad_inputs():
+    """(name, flags, parts the one-line error must have); LIST has a label 10, HEADLESS is a pre-training checkpoint."""
+    yield "no folder", ["--data_path", "no/such"], ["no/such", "no such list"]
+    yield "label beyond the classes", ["--data_path", "LIST", "--eval_data_path", "LIST"], ["line 2", "label 10", "--nb"]
+    yield "list without validation", ["--data_path", "GOOD", "--batch_size", "2"], ["--eval_data_path"]
+    yield "validation video missing", ["--eval_data_path", "MISSING"], ["missing.mp4", "--allow_missing", "1 of 2"]
+    yield "validation video broken", ["--eval_data_path", "BROKEN"], ["broken.mp4", "check_videos", "1 of 2"]
+    yield "all broken", ["--eval_data_path", "ALLBROKEN", "--allow_missing"], ["broken.mp4", "1 of 1"]
+    yield "classes of UCF101", ["--data_set", "UCF101"], ["--nb_classes 10", "101", "custom"]
+    yield "no augmentation", ["--aa", "rand-x9"], ["--aa rand-x9"]
+    yield "unknown augmentation", ["--aa", "bogus"], ["--aa bogus"]
+    yield "crops do not fit", ["--short_side_size", "24"], ["--short_side_size 24", "--input_size 32"]
+    yield "both sizes", ["--short_side_size", "40", "--crop_pct", "0.9"], ["--short_side_size", "--crop_pct"]
+    yield "segments", ["--num_segments", "3"], ["--num_segments 3", "--num_frames 4"]
+    yield "two probes", ["--linear_probe", "--attentive_probe"], ["--linear_probe", "--attentive_probe"]
+    yield "probe with mixup", ["--linear_probe", "--mixup", "0.8"], ["--mixup", "--no-cache_features"]
+    yield "probe with layer decay", ["--linear_probe", "--layer_decay", "0.7"], ["--layer_decay 0.7"]
+    yield "odd batch", ["--batch_size", "3", "--num_sample", "1"], ["--batch_size 3", "even"]
+    yield "layer decay", ["--layer_decay", "0"], ["--layer_decay 0"]
+    yield "smoothing", ["--smoothing", "1"], ["--smoothing 1"]
+    yield "probability", ["--reprob", "1.5"], ["--reprob 1.5"]
+    yield "crop scale", ["--crop_scale", "0.9", "0.5"], ["--crop_scale 0.9 0.5"]
+    yield "views", ["--test_num_segment", "0"], ["--test_num_segment 0"]
+    yield "model", ["--model", "pretrain_videomae_base_patch16_224"], ["--model", "vit_base_patch16_224"]
+    yield "nothing to test", ["--eval"], ["--eval", "--finetune"]
+    yield "test of a pre-training checkpoint", ["--eval", "--finetune", "HEADLESS"], ["pretrained.pth", "no classifier"]
+    yield "other width", ["--finetune", "HEADLESS", "--model", "vit_small_patch16_224"], ["pretrained.pth", "--model"]
+    yield "no such prefix", ["--finetune", "HEADLESS", "--model_prefix", "student."], ["--model_prefix student."]
+    yield "no such key", ["--finetune", "HEADLESS", "--model_key", "teacher"], ["pretrained.pth", "'teacher'"]
+    yield "resume from weights alone", ["--resume", "HEADLESS"], ["pretrained.pth"]
+    yield "no checkpoint", ["--finetune", "no.pth"], ["no.pth", "no such checkpoint"]
+    yield "few classes", ["--nb_classes", "1"], ["--nb_classes", "at least 2"]
+
+
+@pytest.mark.parametrize("name,flags,parts", [pytest.param(*case, id=case[0]) for case in bad_inputs()])
+def test_bad_input_gets_one_clear_error(name, flags, parts, shapes, pretrained, tmp_path):
+    video = (shapes / "val.csv").read_text().splitlines()[0].rsplit(" ", 1)[0]
+    good = f"{shapes / video} 0\n"
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
+    lists = {
+        "LIST": good + good.replace(" 0", " 10"),
+        "GOOD": good,
+        "MISSING": good + "missing.mp4 1\n",
+        "BROKEN": good + "broken.mp4 1\n",
+        "ALLBROKEN": "broken.mp4 1\n",
+    }
+    for key, text in lists.items():
+        (tmp_path / f"{key}.csv").write_text(text)
+    paths = {key: str(tmp_path / f"{key}.csv") for key in lists} | {"HEADLESS": str(tmp_path / "pretrained.pth")}
+    torch.save({"model": weights(pretrained), "step": 1}, tmp_path / "pretrained.pth")
+    flags = [paths.get(flag, flag) for flag in flags]
+    with pytest.raises(SystemExit) as stop:
+        run_here(shapes, "--epochs", 1, "--output_dir", tmp_path / "out", *flags)
+    message = str(stop.value)
+    assert message.startswith("error: ") and message.count("\n") == 0
+    for part in parts:
+        assert part in message
+    if name == "validation video broken":  # the epoch that came before it is not lost
+        assert (tmp_path / "out" / "checkpoint-0.pth").exists()
+
+
+def test_custom_needs_its_number_of_classes():
+    with pytest.raises(SystemExit, match="--data_set custom needs --nb_classes"):
+        main(["--data_set", "custom"])
+
+
+def test_a_missing_video_counts_as_wrong_where_allowed(shapes, finetuned, tmp_path, capsys):
+    folder, _ = finetuned
+    lines = [f"{shapes}/{line}" for line in (shapes / "val.csv").read_text().splitlines()]
+    (tmp_path / "list.csv").write_text("\n".join([*lines, f"{tmp_path}/gone.mp4 3"]) + "\n")
+    run_here(shapes, "--eval", "--model_ema", "--finetune", folder / "checkpoint-best.pth", "--allow_missing",
+             "--test_data_path", tmp_path / "list.csv", "--output_dir", tmp_path)  # fmt: skip
+    assert f"counted as wrong, cannot be read: {tmp_path}/gone.mp4" in capsys.readouterr().out
+    result, whole = (json.loads((f / "test.json").read_text()) for f in (tmp_path, folder))
+    assert (result["videos"], result["unreadable"]) == (12, 1)
+    assert result["acc1"] == pytest.approx(whole["acc1"] * 11 / 12) and result["loss"] == pytest.approx(whole["loss"])
+    assert (tmp_path / "predictions.csv").read_text().splitlines()[-1] == f"{tmp_path}/gone.mp4,3,0"
+
+
+# --- flags -------------------------------------------------------------------------------------------------------
+
+
+def test_videomaes_flags_and_defaults():
+    """../shared/FLAGS.md, VideoMAE's run_class_finetuning.py; None where a data set or another flag decides."""
+    args = vars(get_parser().parse_args([]))
+    defaults = dict(
+        batch_size=64, epochs=30, accum_iter=1, save_ckpt_freq=100, model="vit_base_patch16_224", tubelet_size=2,
+        input_size=224, fc_drop_rate=0.0, drop=0.0, attn_drop_rate=0.0, drop_path=0.1,
+        disable_eval_during_finetuning=False, model_ema=False, model_ema_decay=0.9999, model_ema_force_cpu=False,
+        opt="adamw", opt_eps=1e-8, opt_betas=None, clip_grad=None, momentum=0.9, weight_decay=0.05,
+        weight_decay_end=None, lr=1e-3, layer_decay=0.75, warmup_lr=1e-6, min_lr=1e-6, warmup_epochs=5, warmup_steps=-1,
+        color_jitter=0.4, num_sample=2, aa="rand-m7-n4-mstd0.5-inc1", smoothing=0.1, train_interpolation="bicubic",
+        crop_pct=None, short_side_size=None, test_num_segment=5, test_num_crop=3, reprob=0.25, remode="pixel",
+        recount=1, resplit=False, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5,
+        mixup_mode="batch", finetune="", model_key="model|module", model_prefix="", init_scale=0.001,
+        use_checkpoint=False, use_mean_pooling=True, data_path="/path/to/list_kinetics-400", eval_data_path=None,
+        nb_classes=None, imagenet_default_mean_and_std=True, num_segments=None, num_frames=16, sampling_rate=4,
+        data_set="Kinetics-400", output_dir="", log_dir=None, seed=0, resume="", auto_resume=True, save_ckpt=True,
+        start_epoch=0, eval=False, num_workers=10, pin_mem=True, world_size=1, local_rank=-1, dist_on_itp=False,
+        dist_url="env://",
+    )  # fmt: skip
+    assert {name: args[name] for name in defaults} == defaults
+    old = "--update_freq 2 --no_save_ckpt --use_cls --no_pin_mem --no_auto_resume --dist_eval --enable_x".split()
+    parsed, unknown = get_parser().parse_known_args(old)
+    assert unknown == ["--enable_x"]
+    assert (parsed.accum_iter, parsed.save_ckpt, parsed.use_mean_pooling) == (2, False, False)
+    assert (parsed.pin_mem, parsed.auto_resume) == (False, False)
+
+
+def test_data_sets_decide():
+    def resolved(*flags):
+        args = parse_args([*flags, "--device", "cpu"])
+        check_flags(args)
+        return args.nb_classes, args.num_segments, args.flip, args.short_side_size
+
+    assert resolved() == (400, 1, True, 224)
+    assert resolved("--data_set", "SSV2", "--num_frames", "8") == (174, 8, False, 224)
+    assert resolved("--data_set", "UCF101", "--no-flip", "--crop_pct", "0.875") == (101, 1, False, 256)
+    assert resolved("--data_set", "HMDB51", "--input_size", "112", "--num_segments", "2") == (51, 2, True, 112)
+    assert resolved("--data_set", "custom", "--nb_classes", "7", "--short_side_size", "256") == (7, 1, True, 256)
+
+
+def test_probes_have_their_own_defaults():
+    args = vars(parse_args(["--linear_probe", "--weight_decay", "0.3"]))
+    assert {name: args[name] for name in PROBE_DEFAULTS} == PROBE_DEFAULTS | {"weight_decay": 0.3}
+    assert parse_args([]).mixup == 0.8
+
+
+def test_every_flag_is_read():
+    """A flag nobody reads would be a promise nobody keeps. Checks of its value alone do not count as reading."""
+    files = [path for path in ROOT.glob("*.py") if not path.name.startswith("run_mae")]
+    trees = [ast.parse(path.read_text()) for path in [*files, *(ROOT / "datasets").glob("*.py")]]
+    read = {
+        node.attr
+        for tree in trees
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.Assign) and getattr(function, "name", "") != "check_flags"
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Load)
+        and ast.unparse(node.value).endswith("args")
+    }
+    # crop_pct becomes short_side_size in check_flags
+    assert {action.dest for action in get_parser()._actions} - {"help", "==SUPPRESS==", "crop_pct"} - read == set()
