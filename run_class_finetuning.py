@@ -93,7 +93,7 @@ def get_parser() -> argparse.ArgumentParser:
                        help="count a video that cannot be read as wrong, rather than stop")  # fmt: skip
     group.add_argument("--disable_eval_during_finetuning", default=False, action=SWITCH,
                        help="no validation, hence no best checkpoint: the last weights are tested")  # fmt: skip
-    group.add_argument("--dist_eval", dest=argparse.SUPPRESS, default=argparse.SUPPRESS, action="store_true",
+    group.add_argument("--dist_eval", default=argparse.SUPPRESS, action="store_true",
                        help="taken for VideoMAE's commands, without effect: evaluation is always shared")  # fmt: skip
     group.add_argument("--save_ckpt", default=True, action=SWITCH, help="write checkpoints")
     group.add_argument("--no_save_ckpt", dest="save_ckpt", action="store_false", help=argparse.SUPPRESS)
@@ -166,6 +166,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.linear_probe or args.attentive_probe:
         parser.set_defaults(**PROBE_DEFAULTS)
         args = parser.parse_args(arguments)
+    vars(args).pop("dist_eval", None)  # has no effect
     return args
 
 

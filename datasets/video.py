@@ -157,7 +157,8 @@ class PyAVReader(VideoReader):
         self.path, self.av = path, av
         try:
             with self.open() as container:  # the packets, not the header: webm states no count, a cut file a wrong one
-                self.length = sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+                packets = container.demux(container.streams.video[0])
+                self.length = sum(packet.size > 0 and not packet.is_discard for packet in packets)
         except IndexError as error:
             raise VideoError(path, "no video stream") from error
         except (av.FFmpegError, OSError) as error:

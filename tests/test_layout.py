@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {path.stem: path for path in ROOT.glob("*.py")} | {
-    f"datasets.{path.stem}": path for path in (ROOT / "datasets").glob("*.py")
+    f"{folder}.{path.stem}": path for folder in ("datasets", "tools") for path in (ROOT / folder).glob("*.py")
 }
 
 
@@ -52,6 +52,11 @@ ALLOWED = {
     "engine_for_tats": {"backend", "engine_for_pretraining", "epoch_runner", "masking_generator", "ppo"},
     "engine_for_finetuning": {"backend", "datasets.transforms", "datasets.video", "epoch_runner", "utils"},
     "reports": set(),
+    "tools.common": {"datasets.video", "utils"},
+    "tools.make_lists": {"tools.common", "utils"},
+    "tools.make_subset": {"datasets.video", "tools.common", "utils"},
+    "tools.check_videos": {"datasets.video", "tools.common", "utils"},
+    "tools.resize_videos": {"datasets.video", "tools.common", "utils"},
     "run_common": {"checkpoint", "datasets.video", "utils"},
 }
 
@@ -72,7 +77,7 @@ def test_engines_and_models_do_not_import_scripts():
 @pytest.mark.parametrize(
     "package,homes",
     [
-        ("av", {"datasets.video", "datasets.moving_shapes"}),
+        ("av", {"datasets.video", "datasets.moving_shapes", "tools.resize_videos"}),
         ("decord", {"datasets.video"}),
         ("deepspeed", {"backend"}),
         ("tensorboardX", {"run_common"}),
@@ -91,4 +96,4 @@ def test_only_known_packages_are_imported_at_the_top():
     needed = {"torch", "torchvision", "timm", "numpy", "PIL", "matplotlib"}  # Pillow comes with torchvision
     for name, path in FILES.items():
         packages = {module.split(".")[0] for module in imports(path, top_level_only=True)}
-        assert packages - set(sys.stdlib_module_names) - set(FILES) - {"datasets"} <= needed, name
+        assert packages - set(sys.stdlib_module_names) - set(FILES) - {"datasets", "tools"} <= needed, name

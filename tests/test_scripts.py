@@ -6,16 +6,26 @@ from pathlib import Path
 
 import pytest
 
+import run_class_finetuning
+import run_mae_pretraining
 from datasets.moving_shapes import write_dataset
-from run_mae_pretraining import check_flags, get_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").rglob("*.sh") if path.name != "common.sh")
 PRETRAIN = [path for path in SCRIPTS if path.name.startswith("pretrain_") and path.parent.name != "demo"]
+FINETUNE = [path for path in SCRIPTS if path.name == "finetune.sh" and path.parent.name != "demo"]
+PARSERS = {
+    "run_mae_pretraining.py": (
+        lambda a: run_mae_pretraining.get_parser().parse_args(a),
+        run_mae_pretraining.check_flags,
+    ),
+    "run_class_finetuning.py": (run_class_finetuning.parse_args, run_class_finetuning.check_flags),
+}
 
 
 def run_script(path: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
-    env = {name: value for name, value in os.environ.items() if name not in ("DATA_PATH", "GPUS")} | environment
+    own = ("DATA_PATH", "MODEL_PATH", "GPUS")
+    env = {name: value for name, value in os.environ.items() if name not in own} | environment
     return subprocess.run(["bash", str(path), *flags], env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -24,13 +34,15 @@ def parsed(path: Path, *flags: str, **environment: str):
     result = run_script(path, *flags, DRY_RUN="1", **environment)
     assert result.returncode == 0, result.stderr
     command = result.stdout.splitlines()
-    script = next(i for i, word in enumerate(command) if word.endswith("run_mae_pretraining.py"))
-    args = get_parser().parse_args(command[script + 1 :])
+    script = next(i for i, word in enumerate(command) if Path(word).name in PARSERS)
+    parse, check_flags = PARSERS[Path(command[script]).name]
+    args = parse(command[script + 1 :])
     check_flags(args)
     return args, command[:script]
 
 
 def test_all_data_sets_have_all_methods():
+    assert {p.parent.name for p in FINETUNE} == {"ssv2", "k400", "ucf101", "hmdb51"}
     assert {f"{p.parent.name}/{p.name}" for p in PRETRAIN} == {
         f"{data}/pretrain_{method}.sh"
         for data in ("ssv2", "k400", "ucf101", "hmdb51")
@@ -50,6 +62,27 @@ def test_script_parses_with_the_papers_settings(path):
     assert args.policy_coef == args.value_coef == args.entropy_coef == 1e-4
     assert len(launcher) == 1  # one GPU: plain python
     assert args.output_dir.endswith(f"output/{path.parent.name}_{method}")
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=lambda p: p.parent.name)
+def test_finetuning_parses_with_the_papers_settings(path):
+    """Table 7."""
+    data = path.parent.name
+    args, launcher = parsed(path, DATA_PATH="lists", MODEL_PATH="some.pth", GPUS="1")
+    names = {"ssv2": "SSV2", "k400": "Kinetics-400", "ucf101": "UCF101", "hmdb51": "HMDB51"}
+    assert (args.data_set, args.finetune, args.data_path) == (names[data], "some.pth", "lists")
+    assert args.sampling_rate == (4 if data == "k400" else 2)
+    assert (args.test_num_segment, args.test_num_crop) == (5 if data == "k400" else 2, 3)
+    assert (args.flip, args.num_segments) == ((False, 16) if data == "ssv2" else (True, 1))
+    assert (args.epochs, args.warmup_epochs, args.batch_size, args.lr) == (100, 5, 8, 1e-3)
+    assert (args.opt, args.opt_betas, args.weight_decay, args.layer_decay) == ("adamw", [0.9, 0.999], 0.05, 0.75)
+    assert (args.smoothing, args.mixup, args.cutmix, args.drop_path) == (0.1, 0.8, 1.0, 0.1)
+    assert (args.aa, args.num_frames) == ("rand-m9-mstd0.5-inc1", 16)
+    assert len(launcher) == 1 and args.output_dir.endswith(f"output/{data}_finetune")
+    scratch, _ = parsed(path, DATA_PATH="lists", MODEL_PATH="none", GPUS="1")
+    assert scratch.finetune == ""
+    probe, _ = parsed(path, "--linear_probe", DATA_PATH="lists", MODEL_PATH="some.pth")
+    assert (probe.mixup, probe.weight_decay, probe.layer_decay) == (0, 0, 1)
 
 
 def test_environment_and_extra_flags_override():
@@ -75,12 +108,16 @@ def test_demo_parses():
 
 
 def test_no_script_is_left_out():
-    assert set(SCRIPTS) - set(PRETRAIN) == {ROOT / "scripts/demo/pretrain_tats.sh"}
+    demo = {ROOT / "scripts/demo/pretrain_tats.sh"}
+    assert set(SCRIPTS) - set(PRETRAIN) - set(FINETUNE) == demo
 
 
-def test_missing_data_path_is_said():
-    result = run_script(PRETRAIN[0])
-    assert result.returncode == 2 and "set DATA_PATH" in result.stderr
+def test_missing_paths_are_said():
+    for path in (PRETRAIN[0], FINETUNE[0]):
+        result = run_script(path)
+        assert result.returncode == 2 and "set DATA_PATH" in result.stderr
+    result = run_script(FINETUNE[0], DATA_PATH="lists")
+    assert result.returncode == 2 and "set MODEL_PATH" in result.stderr
 
 
 def test_script_trains_on_the_cpu(tmp_path):
@@ -92,4 +129,12 @@ def test_script_trains_on_the_cpu(tmp_path):
         OUTPUT_DIR=str(tmp_path / "out"), MASK_RATIO="0.75", OMP_NUM_THREADS="1",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "out" / "checkpoint-0.pth").exists()
+    checkpoint = tmp_path / "out" / "checkpoint-0.pth"
+    assert checkpoint.exists()
+    result = run_script(
+        ROOT / "scripts/hmdb51/finetune.sh", "--model", "vit_tiny_patch8_64", "--input_size", "32", "--num_frames", "4",
+        DATA_PATH=str(shapes), MODEL_PATH=str(checkpoint), GPUS="0", EPOCHS="1", BATCH_SIZE="4", NUM_WORKERS="0",
+        OUTPUT_DIR=str(tmp_path / "finetuned"), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "finetuned" / "test.json").exists()

@@ -1,0 +1,220 @@
+"""What the tools share: files written at once, and work in processes that may die or hang."""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from datasets.video import LIST_LINE, ListError, VideoError
+from utils import UsageError, format_time
+
+VIDEO_SUFFIXES = (".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
+START_SECONDS = 300  # for a worker to import torch and PyAV, on a busy network file system
+LOG_SECONDS = 10  # between two lines of progress in a log
+NAMED_FAILURES = 20  # on the terminal; the report has all
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help shows the module's text as it stands, and the defaults there are."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def run_tool(tool, args):
+    """Runs tool(args) and exits with the status it returns; what the user can put right is `error: ...`, status 1."""
+    try:
+        status = tool(args)
+    except (UsageError, ListError, VideoError, ImportError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    if status:
+        sys.exit(status)
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Gives a temporary name beside path. It takes path's place if the block ends well, and is removed otherwise; what
+    a killed process left under it is overwritten next time."""
+    temporary = f"{path}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def write_list(list_path, paths, labels):
+    """Writes a list that datasets.video.read_list reads back as it is given here.
+
+    A video in or below the list's folder is written relative to it, so that both can be moved together; any other keeps
+    its path, which must be absolute. Raises: UsageError where there is nothing to list or a name cannot be written.
+    """
+    if not paths:
+        raise UsageError(f"{list_path}: no video is left to list")
+    folder = os.path.join(os.path.dirname(os.path.abspath(list_path)), "")
+    lines = []
+    for path, label in zip(paths, labels, strict=True):
+        path = path.removeprefix(folder)
+        if path.startswith("#") or path != path.lstrip():  # a line that starts so would be a comment, or stripped
+            path = f"./{path}"
+        line = f"{path} {label}"
+        match = LIST_LINE.match(line.split("\r")[0].encode(errors="replace").decode())
+        if match is None or (match["path"], match["label"]) != (path, str(label)):
+            raise UsageError(f"{list_path}: the name {path!r} cannot stand in a list: rename the file")
+        lines.append(f"{line}\n")
+    write_text(list_path, "".join(lines))
+
+
+def find_videos(folder, skip=None):
+    """Yields the paths of all video files below folder, in order; the folder skip is not entered."""
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if os.path.join(root, name) != skip)
+        yield from (os.path.join(root, name) for name in sorted(names) if name.lower().endswith(VIDEO_SUFFIXES))
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+def run_all(function, items, num_workers, timeout):
+    """Calls function(*item) for every item, in processes, and prints progress.
+
+    Args: function, importable by another process; items, tuples that start with the path of a video; num_workers
+    processes; timeout in seconds for one item.
+    Returns: for every item, in order, (result, None) or (None, the reason why there is none). Raises: UsageError.
+    """
+    if num_workers < 1 or timeout <= 0:
+        raise UsageError("--num_workers must be at least 1, --timeout above 0")
+    outcomes = [None] * len(items)
+    terminal = sys.stdout.isatty()
+    clear = "\r\033[K" if terminal else ""
+    start = shown = time.monotonic()
+    bad = 0
+    for done, (index, *outcome) in enumerate(in_processes(function, items, num_workers, timeout), 1):
+        outcomes[index] = outcome
+        if outcome[1] is not None:
+            bad += 1
+            if bad <= NAMED_FAILURES:
+                print(f"{clear}bad: {items[index][0]}: {outcome[1]}", flush=True)
+            if bad == NAMED_FAILURES:
+                print("further bad videos are named in the report only", flush=True)
+        now = time.monotonic()
+        if done == len(items) or now - shown >= (0.2 if terminal else LOG_SECONDS):
+            shown = now
+            left = format_time((now - start) / done * (len(items) - done))
+            line = f"[{done}/{len(items)}]  {done / (now - start):.3g} videos/s  left {left}  bad {bad}"
+            print(f"{clear}{line}", end="" if terminal and done < len(items) else "\n", flush=True)
+    return outcomes
+
+
+def in_processes(function, items, num_workers, timeout):
+    """Yields (index, result, None) or (index, None, reason) as items finish.
+
+    A decoder may crash or hang on a damaged file, so each worker has its own pipe: one that dies, or takes longer than
+    timeout seconds, costs the item it was at and is replaced. multiprocessing.Pool would wait for it for ever.
+    """
+    context = multiprocessing.get_context("forkserver")  # a plain fork would copy locks that other threads hold
+    context.set_forkserver_preload(["torch"])  # imported once, so that a replacement is there at once
+    todo = deque(range(len(items)))
+    workers = [_Worker(context, function) for _ in range(min(num_workers, len(items)))]
+    try:
+        while workers:
+            earliest = min(worker.deadline for worker in workers)
+            wait([worker.connection for worker in workers], max(0, earliest - time.monotonic()))
+            for worker in list(workers):
+                answer = worker.answer(timeout)
+                if answer is None:
+                    continue
+                index, result, reason, alive = answer
+                if index is None and not alive:
+                    raise UsageError(f"the worker processes do not start: {reason}")
+                if alive and todo:
+                    worker.give(todo.popleft(), items, timeout)
+                else:
+                    worker.end()
+                    workers.remove(worker)
+                    if todo:
+                        workers.append(_Worker(context, function))
+                if index is not None:
+                    yield index, result, reason
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+class _Worker:
+    """A process that calls a function on the items given to it; index is that of the item it is at, None at first."""
+
+    def __init__(self, context, function):
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(function, theirs), daemon=True)
+        self.process.start()
+        theirs.close()  # else a death would not be seen as the end of the pipe
+        self.index, self.deadline = None, time.monotonic() + START_SECONDS
+
+    def give(self, index, items, timeout):
+        with contextlib.suppress(OSError):  # it has just died: the next answer says so
+            self.connection.send(items[index])
+        self.index, self.deadline = index, time.monotonic() + timeout
+
+    def answer(self, timeout):
+        """None while there is none, else (index, result, reason, whether the process can go on)."""
+        if self.connection.poll():
+            try:
+                return self.index, *self.connection.recv(), True
+            except (EOFError, OSError):
+                self.process.join()
+                return self.index, None, f"the process that read it died ({_cause(self.process.exitcode)})", False
+        if time.monotonic() > self.deadline:
+            return self.index, None, f"not done within {timeout:g} s", False
+        return None
+
+    def end(self):
+        self.connection.close()
+        self.process.kill()
+        self.process.join(5)  # one that waits for a lost network drive cannot even be killed
+
+
+def _serve(function, connection):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends its workers
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg writes there about every damaged packet
+    connection.send((None, None))  # ready: from here on the time is the function's own
+    while True:
+        item = connection.recv()
+        try:
+            answer = function(*item), None
+        except VideoError as error:
+            answer = None, str(error).removeprefix(f"{item[0]}: ")
+        except Exception as error:  # whatever a decoder thinks of: the next video may be good
+            answer = None, f"{type(error).__name__}: {error}"
+        connection.send(answer)
+
+
+def _die_with_parent():
+    """A tool that is killed leaves no worker that goes on writing."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _cause(exitcode):
+    if exitcode >= 0:
+        return f"exit status {exitcode}"
+    name = signal.Signals(-exitcode).name
+    return f"{name}: out of memory?" if name == "SIGKILL" else name
