@@ -171,6 +171,26 @@ def remux(source, target, **options):
                 new.mux(packet)
 
 
+def test_packets_that_an_edit_list_hides_are_not_counted(shapes, tmp_path):
+    """A stream copy that does not start at a key frame (ffmpeg -ss -c copy) keeps packets that are never shown. decord
+    counts them, and repeats the last frame in their place."""
+    source, path = shapes / "videos/val_00000.mp4", tmp_path / "cut.mp4"
+    frames = whole_video(source)
+    with av.open(str(source)) as container, av.open(str(path), "w") as result:
+        stream = container.streams.video[0]
+        copy = result.add_stream_from_template(stream)
+        for packet in container.demux(stream):
+            if packet.size:
+                packet.pts -= 7 * packet.duration
+                packet.dts -= 7 * packet.duration
+                packet.stream = copy
+                result.mux(packet)
+    with open_video(str(path), "pyav") as cut:
+        assert len(cut) == len(frames) - 7
+        shown = cut.read([0, len(cut) - 1]).numpy()
+    assert np.array_equal(shown[0], frames[7]) and np.array_equal(shown[1], frames[-1])
+
+
 @pytest.mark.parametrize("decoder", BACK_ENDS)
 def test_damaged_payload_is_an_error_and_not_a_crash(shared_data, decoder, tmp_path):
     path = tmp_path / "fast_start.mp4"

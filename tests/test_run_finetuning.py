@@ -272,7 +272,7 @@ def test_single_view_test_is_the_validation(shapes, tmp_path):
 
 
 def test_foreign_checkpoints(shapes, pretrained, tmp_path, capsys):
-    """VideoMAE's .pth (Namespace, encoder.), DeepSpeed's (module), one with AdaMAE's sampler, a bare one: one result."""
+    yield "label too high", ["--data_path", "LIST", "--eval_data_path", "LIST"], ["line 2", "label 10", "--nb_classes"]
     state = weights(pretrained)
     sampler = {"encoder.get_token_probs.0.weight": torch.zeros(3), "encoder.pos_embed_probs": torch.zeros(3)}
     files = {

@@ -11,8 +11,9 @@
 Videos are looked for by name anywhere below --videos: in a folder for each class or all in one, with the extension of
 the annotations or another (.mp4 after resizing). For Kinetics-400 the name is ID_START_END (six digits each) or ID.
 
-A list has `path label` on each line; line n of classes.txt, counted from 0, names label n. A test list with videos
-without a known label (-1) is called test_unlabelled.csv: it cannot be scored, so training must not take it. Paths below --output are written relative to it, others absolute.
+A list has `path label` on each line; line n of classes.txt, counted from 0, names label n. Paths below --output are
+written relative to it, others absolute. A test list with videos without a known label (-1) is called
+test_unlabelled.csv: it cannot be scored, and fine-tuning would take a test.csv.
 """
 
 import argparse
