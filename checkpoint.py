@@ -137,7 +137,7 @@ def load_encoder(encoder: nn.Module, weights: dict[str, Tensor], path: str | Pat
 
     encoder: a VisionTransformer; weights: see encoder_weights. A learned position table of another length is
     interpolated between `grid`, its (t, h, w) tokens, and the encoder's. A fixed one is not in checkpoints.
-    Raises CheckpointError where a block is missing or of another shape.
+    Raises CheckpointError where a block is missing, of another shape, or one too many.
     """
     own = encoder.state_dict()
     taken = {name: value for name, value in weights.items() if name in own}
@@ -145,10 +145,9 @@ def load_encoder(encoder: nn.Module, weights: dict[str, Tensor], path: str | Pat
         taken["pos_embed"] = resize_position_table(taken["pos_embed"], grid, encoder.patch_embed.grid)
     if "head.weight" in taken and taken["head.weight"].shape != own["head.weight"].shape:  # of other classes
         taken = {name: value for name, value in taken.items() if not name.startswith("head.")}
-    needed = {
-        name: own[name] for name in own if name in taken or name.startswith(("patch_embed", "blocks", "pos_embed"))
-    }
-    _check_fit(needed, taken, path)
+    trunk = ("patch_embed.", "blocks.")
+    needed = {name: own[name] for name in own if name in taken or name.startswith((*trunk, "pos_embed"))}
+    _check_fit(needed, taken | {name: value for name, value in weights.items() if name.startswith(trunk)}, path)
     encoder.load_state_dict(taken, strict=False)
     return LoadReport(list(taken), [n for n in own if n not in taken], [n for n in weights if n not in taken])
 

@@ -1,6 +1,5 @@
 """Fine-tuning and evaluation: one epoch of training, views of all processes to scores, stored features of probes."""
 
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from backend import AMP_DTYPES, Backend
 from datasets.transforms import normalize
 from datasets.video import VideoError
 from epoch_runner import EpochRunner, Recipe
-from utils import UsageError, format_time, log
+from utils import UsageError, available_memory, format_time, log
 
 
 @dataclass(kw_only=True)
@@ -39,7 +38,7 @@ def mix(video: Tensor, label: Tensor, mixup: Mixup) -> tuple[Tensor, Tensor]:
     images: frames are shown to it as channels, so that a CutMix box lies in H x W and is the same in every frame.
     """
     channels = video.shape[1:3]
-    mixed, target = mixup(video.flatten(1, 2).contiguous(), label)
+    mixed, target = mixup(video.clone(memory_format=torch.contiguous_format).flatten(1, 2), label)
     return mixed.unflatten(1, channels), target
 
 
@@ -67,18 +66,23 @@ def train_one_epoch(backend: Backend, loader, recipe: FinetuneRecipe, epoch: int
             if ema is not None:
                 ema.update(backend.raw)
         runner.log_step(index, step, lr)
-    average_batch_norm(backend.raw)
+    for model in [backend.raw] + ([ema.module] if ema is not None else []):
+        average_batch_norm(model, recipe.mean.device)
     return runner.finish()
 
 
-def average_batch_norm(module: nn.Module) -> None:
-    """Gives all processes the same running statistics, so that they evaluate the same model."""
+def average_batch_norm(module: nn.Module, device: torch.device) -> None:
+    """Gives all processes the same running statistics, so that they evaluate the same model.
+
+    device: where processes can talk; a moving average may be kept in host memory.
+    """
     if dist.is_initialized():
         for layer in module.modules():
             if isinstance(layer, nn.BatchNorm1d):
                 for buffer in (layer.running_mean, layer.running_var):
-                    dist.all_reduce(buffer)
-                    buffer /= dist.get_world_size()
+                    total = buffer.to(device, copy=True)
+                    dist.all_reduce(total)
+                    buffer.copy_(total / dist.get_world_size())
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------
@@ -96,10 +100,13 @@ class Scores(NamedTuple):
         """Top-k in %; a video that could not be read is wrong."""
         return 100 * self.correct(k).double().mean().item()
 
+    def ranking(self) -> Tensor:
+        """int64 [n, K]: classes from the most probable on; of equal ones the first comes first."""
+        return self.probability.sort(dim=1, descending=True, stable=True).indices
+
     def correct(self, k: int) -> Tensor:
         """bool [n]: whether the label is among the k most probable classes."""
-        top = self.probability.topk(min(k, self.probability.shape[1]), dim=1).indices
-        return (top == self.label[:, None]).any(dim=1) & self.found
+        return (self.ranking()[:, :k] == self.label[:, None]).any(dim=1) & self.found
 
     def loss(self) -> float:
         """Mean negative log of the label's probability over the videos read."""
@@ -197,6 +204,20 @@ def evaluate(
 class FeatureLoader:
     """The training loader's place where the encoder is frozen: batches of stored features in a new order each epoch."""
 
+    @classmethod
+    def of(cls, batches: Iterable[dict], clips: int, batch_size: int, seed: int):
+        """Puts the features of so many clips into one tensor, without ever holding them twice."""
+        features = label = None
+        start = 0
+        for batch in batches:
+            if features is None:
+                features = batch["video"].new_empty(clips, *batch["video"].shape[1:])
+                label = batch["label"].new_empty(clips)
+            end = start + len(batch["label"])
+            features[start:end], label[start:end] = batch["video"], batch["label"]
+            start = end
+        return cls(features, label, batch_size, seed)
+
     def __init__(self, features: Tensor, label: Tensor, batch_size: int, seed: int):
         self.features, self.label, self.batch_size, self.seed = features, label, batch_size, seed
         self.sampler = self
@@ -242,7 +263,7 @@ def store_features(probe: nn.Module, loader: Iterable, recipe: Recipe, amp: str,
             features = (features.half() if features.ndim == 3 else features.float()).cpu()
             if not checked:
                 needed = features[0].numel() * features.element_size() * clips
-                free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                free = available_memory()
                 if needed > 0.8 * free:
                     raise UsageError(
                         f"the features of {clips} clips take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free: "

@@ -12,13 +12,13 @@ from torch import Tensor
 def class_names(folder: str | Path, num_classes: int) -> list[str]:
     """classes.txt of a folder, a line a label (tools/make_lists.py writes it); else numbers."""
     path = Path(folder) / "classes.txt"
-    names = path.read_text().splitlines() if path.is_file() else []
+    names = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return names if len(names) == num_classes else [str(label) for label in range(num_classes)]
 
 
 def confusion_matrix(scores, num_classes: int) -> Tensor:
     """int64 [K, K]: videos of class (row) taken for class (column); unreadable videos are in no column."""
-    predicted = scores.probability.argmax(dim=1)[scores.found]
+    predicted = scores.ranking()[:, 0][scores.found]
     cells = scores.label[scores.found] * num_classes + predicted
     return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
 
@@ -47,7 +47,8 @@ def write_report(folder: Path, scores, paths: list[str], names: list[str], setti
            ([label, name, count, f"{accuracy:.2f}" if count else ""]
             for label, (name, (count, accuracy)) in enumerate(zip(names, per_class, strict=True))))  # fmt: skip
     k = min(5, num_classes)
-    top = scores.probability.topk(k, dim=1)
+    classes = scores.ranking()[:, :k]
+    probability = scores.probability.gather(1, classes)
     header = ["path", "label", "correct"] + [f"{what}{i}" for i in range(1, k + 1) for what in ("top", "probability")]
     correct = scores.correct(1).int().tolist()
     _write(folder / "predictions.csv", header,
@@ -55,7 +56,7 @@ def write_report(folder: Path, scores, paths: list[str], names: list[str], setti
             + ([x for pair in zip(chosen.tolist(), (f"{p:.4f}" for p in probability), strict=True) for x in pair]
                if found else [])
             for path, label, right, found, chosen, probability in zip(
-                paths, scores.label, correct, scores.found, top.indices, top.values, strict=True)))  # fmt: skip
+                paths, scores.label, correct, scores.found, classes, probability, strict=True)))  # fmt: skip
     import numpy as np
 
     with open(folder / "scores.npz.tmp", "wb") as file:
@@ -102,7 +103,7 @@ def draw_confusion(path: Path, matrix: Tensor, names: list[str], title: str) -> 
 
 def _write(path: Path, header: list[str], rows) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="") as file:
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)

@@ -24,7 +24,6 @@ from checkpoint import (
     save_checkpoint,
 )
 from datasets.build import DATA_SETS, build_evaluation_loader, build_finetuning_loader
-from datasets.transforms import mean_and_std
 from datasets.video import VideoError
 from engine_for_finetuning import (
     FeatureLoader,
@@ -35,7 +34,7 @@ from engine_for_finetuning import (
     store_features,
     train_one_epoch,
 )
-from optim_factory import create_optimizer, parameter_groups
+from optim_factory import parameter_groups
 from reports import class_names, write_report
 from run_common import (
     SWITCH,
@@ -46,9 +45,13 @@ from run_common import (
     add_run_flags,
     check_ranges,
     create_model,
+    describe_schedule,
     find_resume,
+    make_optimizer,
     new_parser,
     open_output,
+    optimizer_steps,
+    recipe_settings,
     resolve_amp,
     resume,
     run_script,
@@ -128,7 +131,8 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--nb_classes", default=None, type=int, help="default: the data set's")
     group.add_argument("--eval_data_path", default=None, help="validation list; default: val.csv in --data_path")
     group.add_argument("--test_data_path", default=None,
-                       help="list of the test; default: test.csv in --data_path, else the validation list")  # fmt: skip
+                       help="list of the test; default: the validation list, or test.csv in --data_path where there "
+                       "is one and no --eval_data_path")  # fmt: skip
     group.add_argument("--num_segments", default=None, type=int,
                        help="parts of a video that a clip's frames come from; default: the data set's "
                        "(1: a dense clip; SSV2: --num_frames, one frame each)")  # fmt: skip
@@ -185,10 +189,10 @@ def check_flags(args) -> None:
     for name in ("reprob", "mixup_prob", "mixup_switch_prob"):
         if not 0 <= getattr(args, name) <= 1:
             raise UsageError(f"--{name} {getattr(args, name)}: a probability, from 0 to 1")
-    for name in ("crop_scale", "cutmix_minmax"):
-        bounds = getattr(args, name)
-        if bounds is not None and not 0 < bounds[0] <= bounds[1] <= 1:
-            raise UsageError(f"--{name} {bounds[0]} {bounds[1]}: two shares, 0 < least <= most <= 1")
+    for name, pixels in (("crop_scale", 0), ("cutmix_minmax", 1)):
+        least, most = getattr(args, name) or (0.1, 1.0)
+        if not 0 < least <= most <= 1 or int(most * args.input_size) - int(least * args.input_size) < pixels:
+            raise UsageError(f"--{name} {least} {most}: two shares, 0 < least <= most <= 1, a pixel apart for CutMix")
 
     data_set = DATA_SETS[args.data_set]
     if args.nb_classes is None:
@@ -304,13 +308,8 @@ class Run:
 
     def __init__(self, args, model: torch.nn.Module, device: torch.device):
         self.args, self.device = args, device
-        try:
-            optimizer = create_optimizer(
-                parameter_groups(model.to(device), args.weight_decay, args.layer_decay),
-                args.opt, args.lr, args.opt_betas, args.opt_eps, args.momentum,
-            )  # fmt: skip
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        groups = parameter_groups(model.to(device), args.weight_decay, args.layer_decay)
+        optimizer = make_optimizer(args, groups, args.lr, args.opt_eps)
         self.backend = Backend(model, optimizer, device, args.amp, args.accum_iter, args.clip_grad)
         self.ema = None
         if args.model_ema:
@@ -377,6 +376,20 @@ def build_loaders(args) -> dict:
     return loaders
 
 
+def build_recipe(args, device: torch.device, loaders: dict) -> FinetuneRecipe:
+    steps_per_epoch = 1
+    if "train" in loaders:
+        clips = len(loaders["train"].sampler) * args.num_sample
+        batches = clips // args.batch_size if stores_features(args) else len(loaders["train"])
+        steps_per_epoch = optimizer_steps(args, batches)
+    mixup = Mixup(
+        args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+        label_smoothing=args.smoothing, num_classes=args.nb_classes,
+    ) if mixing(args) else None  # fmt: skip
+    settings = recipe_settings(args, device, steps_per_epoch)
+    return FinetuneRecipe(smoothing=args.smoothing, mixup=mixup, **settings)
+
+
 def store_probe_features(run: Run, loaders: dict, recipe: FinetuneRecipe) -> None:
     """Puts features of the frozen encoder in the place of the clips of "train" and "val"."""
     args, probe = run.args, run.backend.raw
@@ -384,9 +397,8 @@ def store_probe_features(run: Run, loaders: dict, recipe: FinetuneRecipe) -> Non
     train.sampler.set_epoch(0)
     clips = len(train.sampler) * args.num_sample
     log(f"the frozen encoder reads {clips} clips for training")
-    batches = list(store_features(probe, train, recipe, args.amp, clips))
-    features, label = (torch.cat([batch[name] for batch in batches]) for name in ("video", "label"))
-    loaders["train"] = FeatureLoader(features, label, args.batch_size, args.seed)
+    batches = store_features(probe, train, recipe, args.amp, clips)
+    loaders["train"] = FeatureLoader.of(batches, clips, args.batch_size, args.seed)
     if "val" in loaders:
         batches = list(store_features(probe, loaders["val"], recipe, args.amp, len(loaders["val"].dataset)))
         loaders["val"] = StoredViews(loaders["val"], batches)
@@ -420,40 +432,7 @@ def run_finetuning(args) -> None:
     device = torch.device(args.device, args.local_rank) if args.device == "cuda" else torch.device("cpu")
     seed_everything(args.seed)  # the same weights on every rank
     loaders = build_loaders(args)
-    if args.eval:
-        steps_per_epoch = 1
-    else:
-        clips = len(loaders["train"].sampler) * args.num_sample
-        batches = clips // args.batch_size if stores_features(args) else len(loaders["train"])
-        steps_per_epoch = batches // args.accum_iter
-        if not steps_per_epoch:
-            raise UsageError(
-                f"--accum_iter {args.accum_iter} needs as many batches an epoch, the list gives {batches}; lower it or "
-                "--batch_size"
-            )
-    effective_batch = args.batch_size * args.accum_iter * args.world_size
-    scale = effective_batch / 256
-    mean, std = mean_and_std(args.imagenet_default_mean_and_std)
-    warmup_steps = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
-    recipe = FinetuneRecipe(
-        mean=torch.tensor(mean, device=device),
-        std=torch.tensor(std, device=device),
-        lr=args.lr * scale,
-        min_lr=args.min_lr * scale,
-        warmup_lr=args.warmup_lr * scale,
-        weight_decay=args.weight_decay,
-        weight_decay_end=args.weight_decay_end,
-        warmup_steps=warmup_steps,
-        steps_per_epoch=steps_per_epoch,
-        epochs=args.epochs,
-        print_freq=args.print_freq,
-        smoothing=args.smoothing,
-        mixup=Mixup(
-            args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-            label_smoothing=args.smoothing, num_classes=args.nb_classes,
-        ) if mixing(args) else None,
-    )  # fmt: skip
-
+    recipe = build_recipe(args, device, loaders)
     if args.eval:
         path, state = find_finished(args)
         model = load_finished(args, path, state, args.model_key).to(device)
@@ -477,17 +456,12 @@ def run_finetuning(args) -> None:
         f"{'' if found or args.finetune else ', from random weights (no --finetune)'}"
         f"\n{args.data_set}: {args.num_frames} frames from {args.num_segments} segment(s), "
         f"stride {args.sampling_rate}, horizontal flip {'on' if args.flip else 'off'}"
-        f"\n{args.world_size} process(es) x {args.batch_size} clips x {args.accum_iter} = {effective_batch} a step, "
-        f"{steps_per_epoch} steps an epoch, {args.epochs} epochs"
-        f"\nlearning rate {args.lr:.3g} x {effective_batch} / 256 = {recipe.lr:.3g}, {warmup_steps} warm-up steps"
-        f"{' (longer than the run)' if warmup_steps > recipe.total_steps else ''}; {args.device}, --amp {args.amp}"
+        f"\n{describe_schedule(args, recipe)}"
     )
     first_epoch = resume(run, args, found)
     if found and output and (output / "checkpoint-best.pth").exists():
         best = load_checkpoint(output / "checkpoint-best.pth").get("best", run.best)
-        run.best = max(
-            run.best, best, key=lambda entry: entry["acc1"]
-        )  # what a killed run reached after its checkpoint
+        run.best = max(run.best, best, key=lambda b: b["acc1"])  # a killed run may have got further than it saved
     if output and is_main_process():
         drop_epochs_from(output / "log.txt", first_epoch)
     if first_epoch < args.epochs:

@@ -9,7 +9,9 @@ import timm
 import torch
 
 from checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from datasets.transforms import mean_and_std
 from datasets.video import DECODERS, ListError, VideoError
+from optim_factory import create_optimizer
 from utils import UsageError, is_main_process, log, write_run_description
 
 SWITCH = argparse.BooleanOptionalAction
@@ -166,6 +168,58 @@ def create_model(args, module: str, **kwargs) -> torch.nn.Module:
             use_checkpoint=args.use_checkpoint,
             **kwargs,
         )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def recipe_settings(args, device: torch.device, steps_per_epoch: int) -> dict:
+    """What every Recipe takes from the flags; learning rates are scaled by the effective batch / 256."""
+    mean, std = mean_and_std(args.imagenet_default_mean_and_std)
+    scale = effective_batch(args) / 256
+    return dict(
+        mean=torch.tensor(mean, device=device),
+        std=torch.tensor(std, device=device),
+        lr=args.lr * scale,
+        min_lr=args.min_lr * scale,
+        warmup_lr=args.warmup_lr * scale,
+        weight_decay=args.weight_decay,
+        weight_decay_end=args.weight_decay_end,
+        warmup_steps=args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        epochs=args.epochs,
+        print_freq=args.print_freq,
+    )
+
+
+def effective_batch(args) -> int:
+    return args.batch_size * args.accum_iter * args.world_size
+
+
+def describe_schedule(args, recipe) -> str:
+    batch = effective_batch(args)
+    return (
+        f"{args.world_size} process(es) x {args.batch_size} clips x {args.accum_iter} = {batch} a step, "
+        f"{recipe.steps_per_epoch} steps an epoch, {args.epochs} epochs"
+        f"\nlearning rate {args.lr:.3g} x {batch} / 256 = {recipe.lr:.3g}, {recipe.warmup_steps} warm-up steps"
+        f"{' (longer than the run)' if recipe.warmup_steps > recipe.total_steps else ''}; {args.device}, "
+        f"--amp {args.amp}"
+    )
+
+
+def optimizer_steps(args, batches: int) -> int:
+    """Optimizer steps an epoch of so many micro-batches. Raises UsageError where there is none."""
+    if batches < args.accum_iter:
+        raise UsageError(
+            f"--accum_iter {args.accum_iter} needs as many batches an epoch, the list gives {batches}; lower it or "
+            "--batch_size"
+        )
+    return batches // args.accum_iter
+
+
+def make_optimizer(args, groups: list[dict], lr: float, eps: float) -> torch.optim.Optimizer:
+    """--opt on parameter groups. Raises UsageError."""
+    try:
+        return create_optimizer(groups, args.opt, lr, args.opt_betas, eps, args.momentum)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -12,13 +12,12 @@ import modeling_pretrain  # noqa: F401  registers the models
 from backend import Backend
 from checkpoint import CheckpointError, load_checkpoint, load_weights, model_weights, save_checkpoint
 from datasets.build import build_pretraining_loader
-from datasets.transforms import mean_and_std
 from engine_for_pretraining import PretrainRecipe
 from engine_for_tats import PPOSettings
 from masking_generator import FrameMask, MaskSampler, MotionMask, RandomMask, TubeMask
 from modeling_adamae import AdaMAE, AdaMAESampler
 from modeling_tats import ATTENTIONS, TATS
-from optim_factory import create_optimizer, parameter_groups
+from optim_factory import parameter_groups
 from run_common import (
     SWITCH,
     add_data_flags,
@@ -28,9 +27,13 @@ from run_common import (
     add_run_flags,
     check_ranges,
     create_model,
+    describe_schedule,
     find_resume,
+    make_optimizer,
     new_parser,
     open_output,
+    optimizer_steps,
+    recipe_settings,
     resolve_amp,
     resume,
     run_script,
@@ -193,13 +196,7 @@ class Run:
 
     def _backend(self, module: torch.nn.Module, lr: float, eps: float, clip_grad: float | None, amp: str) -> Backend:
         args = self.args
-        try:
-            optimizer = create_optimizer(
-                parameter_groups(module.to(self.device), args.weight_decay),
-                args.opt, lr, args.opt_betas, eps, args.momentum,
-            )  # fmt: skip
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        optimizer = make_optimizer(args, parameter_groups(module.to(self.device), args.weight_decay), lr, eps)
         return Backend(module, optimizer, self.device, amp, args.accum_iter, clip_grad)
 
     def state(self, epoch: int, step: int) -> dict:
@@ -255,36 +252,17 @@ def train(args) -> None:
         loader = build_pretraining_loader(args, args.rank, args.world_size)
     except (ValueError, ImportError) as error:  # the list, the batch size, a decoder that is not installed
         raise UsageError(str(error)) from error
-    steps_per_epoch = len(loader) // args.accum_iter
-    if not steps_per_epoch:
-        raise UsageError(
-            f"--accum_iter {args.accum_iter} needs as many batches an epoch, the list gives {len(loader)}; "
-            "lower it or --batch_size"
-        )
-    effective_batch = args.batch_size * args.accum_iter * args.world_size
-    scale = effective_batch / 256
+    steps_per_epoch = optimizer_steps(args, len(loader))
     run = Run(args, device)
     seed_everything(args.seed + args.rank)  # dropout and stochastic depth differ between ranks
 
     output, log_writer = open_output(args)
-    mean, std = mean_and_std(args.imagenet_default_mean_and_std)
-    warmup_steps = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
     recipe = PretrainRecipe(
         grid=run.mae.grid,
-        mean=torch.tensor(mean, device=device),
-        std=torch.tensor(std, device=device),
         loss=args.loss,
         normalize_target=args.normalize_target,
-        lr=args.lr * scale,
-        min_lr=args.min_lr * scale,
-        warmup_lr=args.warmup_lr * scale,
-        weight_decay=args.weight_decay,
-        weight_decay_end=args.weight_decay_end,
-        warmup_steps=warmup_steps,
-        steps_per_epoch=steps_per_epoch,
-        epochs=args.epochs,
-        print_freq=args.print_freq,
         log_writer=log_writer,
+        **recipe_settings(args, device, steps_per_epoch),
     )
     num_parameters, sampler_parameters = (
         sum(p.numel() for p in module.parameters()) for module in (run.mae, run.sampler)
@@ -292,10 +270,7 @@ def train(args) -> None:
     log(
         f"{args.model}: {num_parameters / 1e6:.1f} M parameters, {args.mask_type}: {sampler_parameters / 1e6:.1f} M"
         f"\n{run.sampler.num_tokens} tokens a clip {run.mae.grid}, {run.sampler.num_visible} visible"
-        f"\n{args.world_size} process(es) x {args.batch_size} clips x {args.accum_iter} = {effective_batch} a step, "
-        f"{steps_per_epoch} steps an epoch, {args.epochs} epochs"
-        f"\nlearning rate {args.lr:.3g} x {effective_batch} / 256 = {recipe.lr:.3g}, {warmup_steps} warm-up steps"
-        f"{' (longer than the run)' if warmup_steps > recipe.total_steps else ''}; {args.device}, --amp {args.amp}"
+        f"\n{describe_schedule(args, recipe)}"
     )
 
     first_epoch = resume(run, args, find_resume(args))

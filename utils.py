@@ -120,6 +120,15 @@ def set_rng_state(states: list[dict], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def available_memory() -> int:
+    """Bytes of host memory that can be had without swapping; caches of files count as free where the system says so."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 # --- metrics -----------------------------------------------------------------------------------------------------
 
 

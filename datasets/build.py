@@ -87,7 +87,7 @@ def build_finetuning_loader(args, rank=0, world_size=1, drop_last=True):
     """
     mean, std = mean_and_std(args.imagenet_default_mean_and_std)
     size, interpolation = args.input_size, args.train_interpolation
-    augment = auto_augmentation(args.aa, size, interpolation) if args.aa not in ("", "none") else None
+    augment = auto_augmentation(args.aa, interpolation) if args.aa not in ("", "none") else None
 
     def transform(erase_probability):
         return FinetuneTransform(

@@ -103,14 +103,14 @@ def pick_interpolation(interpolation, rng):
     return rng.choice(("bilinear", "bicubic")) if interpolation == "random" else interpolation
 
 
-def auto_augmentation(config, size, interpolation="bicubic"):
+def auto_augmentation(config, interpolation="bicubic"):
     """timm's augmentation of PIL images that a string such as rand-m7-n4-mstd0.5-inc1 describes.
 
     Args: config, RandAugment ("rand-..."), AugMix ("augmix-...") or an AutoAugment policy ("v0", "original", "3a");
-    size, of the clips in pixels: the longest shift is 0.45 of it; interpolation of rotations and shears.
+    interpolation of rotations and shears.
     Returns: a function of PIL images, drawing from random and numpy.random. Raises ValueError.
     """
-    hparams = {"translate_const": int(size * 0.45)}
+    hparams = {}
     if interpolation != "random":
         hparams["interpolation"] = getattr(Image.Resampling, interpolation.upper())
     makers = {"rand": auto_augment.rand_augment_transform, "augmix": auto_augment.augment_and_mix_transform}
@@ -140,12 +140,14 @@ def augment_frames(clip, augment, rng):
     seed = rng.getrandbits(32)
     states = random.getstate(), np.random.get_state()
     frames = []
-    for frame in clip.permute(0, 2, 3, 1).contiguous().numpy():
-        random.seed(seed)
-        np.random.seed(seed)
-        frames.append(np.asarray(augment(Image.fromarray(frame))))
-    random.setstate(states[0])
-    np.random.set_state(states[1])
+    try:
+        for frame in clip.permute(0, 2, 3, 1).contiguous().numpy():
+            random.seed(seed)
+            np.random.seed(seed)
+            frames.append(np.asarray(augment(Image.fromarray(frame))))
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 

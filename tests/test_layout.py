@@ -57,7 +57,7 @@ ALLOWED = {
     "tools.make_subset": {"datasets.video", "tools.common", "utils"},
     "tools.check_videos": {"datasets.video", "tools.common", "utils"},
     "tools.resize_videos": {"datasets.video", "tools.common", "utils"},
-    "run_common": {"checkpoint", "datasets.video", "utils"},
+    "run_common": {"checkpoint", "datasets.transforms", "datasets.video", "optim_factory", "utils"},
 }
 
 

@@ -272,7 +272,7 @@ def test_single_view_test_is_the_validation(shapes, tmp_path):
 
 
 def test_foreign_checkpoints(shapes, pretrained, tmp_path, capsys):
-    yield "label too high", ["--data_path", "LIST", "--eval_data_path", "LIST"], ["line 2", "label 10", "--nb_classes"]
+    """VideoMAE's .pth (Namespace, encoder.), DeepSpeed's (module), AdaMAE's with its sampler, a bare one."""
     state = weights(pretrained)
     sampler = {"encoder.get_token_probs.0.weight": torch.zeros(3), "encoder.pos_embed_probs": torch.zeros(3)}
     files = {
@@ -346,6 +346,7 @@ def bad_inputs():
     yield "no such key", ["--finetune", "HEADLESS", "--model_key", "teacher"], ["pretrained.pth", "'teacher'"]
     yield "resume from weights alone", ["--resume", "HEADLESS"], ["pretrained.pth"]
     yield "no checkpoint", ["--finetune", "no.pth"], ["no.pth", "no such checkpoint"]
+    yield "cutmix range", ["--cutmix_minmax", "0.5", "0.51"], ["--cutmix_minmax 0.5 0.51"]
     yield "few classes", ["--nb_classes", "1"], ["--nb_classes", "at least 2"]
 
 
