@@ -101,4 +101,5 @@ class Backend:
         self.optimizer.load_state_dict(state["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             group.update(settings)  # learning rate, betas, eps and decay are this run's flags, not the file's
-        self.scaler.load_state_dict(state["scaler"])
+        if self.scaler.is_enabled() and state["scaler"]:  # empty in a run without fp16
+            self.scaler.load_state_dict(state["scaler"])

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,8 +35,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 def load_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint on the CPU with weights_only=True; of other classes only argparse's Namespace is allowed,
-    which VideoMAE stores. Raises CheckpointError."""
+    which VideoMAE stores. A .safetensors file is {"model": its tensors}. Raises CheckpointError."""
     try:
+        if str(path).endswith(".safetensors"):
+            return {"model": safetensors.torch.load_file(path)}
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -141,6 +144,8 @@ def load_encoder(encoder: nn.Module, weights: dict[str, Tensor], path: str | Pat
     """
     own = encoder.state_dict()
     taken = {name: value for name, value in weights.items() if name in own}
+    if any(name.startswith("pool.") for name in weights):  # a probe's head reads other features
+        taken = {name: value for name, value in taken.items() if not name.startswith("head.")}
     if "pos_embed" in taken and grid is not None:
         taken["pos_embed"] = resize_position_table(taken["pos_embed"], grid, encoder.patch_embed.grid)
     if "head.weight" in taken and taken["head.weight"].shape != own["head.weight"].shape:  # of other classes
@@ -194,8 +199,9 @@ def _check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | P
             if names
         ]
         raise CheckpointError(
-            f"{path} does not fit this model (check --model, --decoder_depth, --input_size, --patch_size, "
-            f"--tubelet_size, --mask_type, --nb_classes, --linear_probe): {'; '.join(problems)}"
+            f"{path} does not fit this model (check --model, --input_size, --num_frames, --patch_size, --tubelet_size; "
+            "in pre-training --decoder_depth, --mask_type; in fine-tuning --nb_classes, --use_cls, --linear_probe, "
+            f"--attentive_probe): {'; '.join(problems)}"
         )
 
 

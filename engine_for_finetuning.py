@@ -168,7 +168,10 @@ def gather(index: Tensor, probability: Tensor, failed: list[str], label: Tensor)
         scores[index] = torch.cat([part[1] for part in parts if len(part[0])])
     if not scores.isfinite().all():
         bad = int((~scores.isfinite()).any(dim=1).sum())
-        raise UsageError(f"the model gives no finite scores for {bad} of {len(label)} videos: its weights are damaged")
+        raise UsageError(
+            f"the model gives no finite scores for {bad} of {len(label)} videos: its weights are damaged, or "
+            "--amp fp16 overflows (use bf16 or none)"
+        )
     return Scores(scores, label, times == 1, failed)
 
 

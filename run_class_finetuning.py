@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import math
 import os
 import time
@@ -58,6 +59,7 @@ from run_common import (
 )
 from utils import (
     UsageError,
+    agree,
     append_json_line,
     barrier,
     drop_epochs_from,
@@ -70,7 +72,14 @@ from utils import (
     set_rng_state,
 )
 
-# What a probe's defaults are instead: the protocol of MAE (He 2022), where only crops and flips vary the input.
+BEST = "checkpoint-best.pth"  # of the highest validation top-1
+# What --eval takes from the checkpoint where the command line does not say it.
+TEST_FLAGS = (
+    "model", "input_size", "num_frames", "patch_size", "tubelet_size", "sampling_rate", "num_segments", "data_set",
+    "nb_classes", "imagenet_default_mean_and_std", "linear_probe", "attentive_probe", "use_mean_pooling", "model_ema",
+    "short_side_size", "test_num_segment", "test_num_crop",
+)  # fmt: skip
+# What a probe's defaults are instead: crops and flips alone, as in MAE's protocol (He 2022).
 PROBE_DEFAULTS = dict(
     layer_decay=1.0, mixup=0.0, cutmix=0.0, smoothing=0.0, aa="none", color_jitter=0.0, reprob=0.0, weight_decay=0.0,
     drop_path=0.0,
@@ -164,9 +173,17 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """A probe has its own defaults; what the command line says stays."""
+    """A test takes its defaults from the checkpoint, a probe has its own; what the command line says stays.
+
+    Raises: CheckpointError, UsageError.
+    """
     parser = get_parser()
     args = parser.parse_args(arguments)
+    if args.eval:
+        saved = find_finished(args)[1].get("args", {})
+        if isinstance(saved, dict) and "nb_classes" in saved:  # written by this script
+            parser.set_defaults(**{name: saved[name] for name in TEST_FLAGS if name in saved})
+            args = parser.parse_args(arguments)
     if args.linear_probe or args.attentive_probe:
         parser.set_defaults(**PROBE_DEFAULTS)
         args = parser.parse_args(arguments)
@@ -230,8 +247,19 @@ def check_flags(args) -> None:
             raise UsageError(
                 "--mixup, --cutmix: a probe stores features, not clips: set them to 0, or --no-cache_features"
             )
+        frozen = {"fc_drop_rate": 0, "drop": 0, "attn_drop_rate": 0, "drop_path": 0, "use_checkpoint": False,
+                  "init_scale": 0.001}  # fmt: skip
+        for name, value in frozen.items():
+            if getattr(args, name) != value:
+                raise UsageError(f"--{name}: a probe has no use for it, its encoder is frozen and its head its own")
+        if args.linear_probe and args.batch_size < 2:
+            raise UsageError("--batch_size 1: a linear probe standardises its features over the batch, at least 2")
         if not args.use_mean_pooling:
             raise UsageError("--use_cls: a linear probe averages the tokens, an attentive one attends to them")
+    elif not args.cache_features:
+        raise UsageError("--no-cache_features: only probes store features")
+    if args.resplit and args.num_sample == 1 and not args.eval:
+        raise UsageError("--resplit erases in all but the first clip of a video: --num_sample 1 has no other")
     if mixing(args) and args.batch_size % 2 and not args.eval:
         raise UsageError(f"--batch_size {args.batch_size}: --mixup and --cutmix pair clips, it must be even")
     if args.finetune and args.resume:
@@ -291,6 +319,8 @@ def load_finetune(args, model: torch.nn.Module | None = None) -> torch.nn.Module
 
 def load_finished(args, path: str | Path, state: dict, keys: str = "model") -> torch.nn.Module:
     """The classifier of a checkpoint of this script, or of VideoMAE's fine-tuning, whole. Raises CheckpointError."""
+    if args.model_ema and "model_ema" not in state:
+        raise CheckpointError(f"{path}: has no moving average of the weights: leave --model_ema out")
     keys = ("model_ema",) * args.model_ema + tuple(keys.split("|"))
     if probe_kind(args):
         weights = model_weights(state, path, keys, drop=())
@@ -311,11 +341,13 @@ class Run:
         groups = parameter_groups(model.to(device), args.weight_decay, args.layer_decay)
         optimizer = make_optimizer(args, groups, args.lr, args.opt_eps)
         self.backend = Backend(model, optimizer, device, args.amp, args.accum_iter, args.clip_grad)
+        self.num_parameters = sum(p.numel() for p in self.backend.parameters)  # trained ones
         self.ema = None
         if args.model_ema:
             ema_device = torch.device("cpu") if args.model_ema_force_cpu else None
             self.ema = ModelEmaV3(model, args.model_ema_decay, device=ema_device)
         self.best = {"acc1": -1.0, "epoch": -1}
+        self.unvalidated: dict | None = None  # what an epoch logged whose validation failed
 
     @property
     def evaluated(self) -> torch.nn.Module:
@@ -331,7 +363,8 @@ class Run:
 
     def state(self, epoch: int) -> dict:
         """What checkpoint-N.pth holds."""
-        return self.weights(epoch) | self.backend.state_dict() | {"rng": rng_state(self.device)}
+        rest = {"rng": rng_state(self.device), "unvalidated": self.unvalidated}
+        return self.weights(epoch) | self.backend.state_dict() | rest
 
     def load(self, path: Path, state: dict) -> int:
         """Restores everything; returns the next epoch. Raises CheckpointError."""
@@ -346,10 +379,10 @@ class Run:
             load_weights(self.ema.module, state["model_ema"], path)
         try:
             self.backend.load_state_dict(state)
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: its optimizer does not fit (--opt, --layer_decay): {error}") from error
         set_rng_state(state["rng"], self.device)
-        self.best = state["best"]
+        self.best, self.unvalidated = state["best"], state.get("unvalidated")
         return state["epoch"] + 1
 
 
@@ -396,12 +429,24 @@ def store_probe_features(run: Run, loaders: dict, recipe: FinetuneRecipe) -> Non
     train = build_finetuning_loader(args, args.rank, args.world_size, drop_last=False)
     train.sampler.set_epoch(0)
     clips = len(train.sampler) * args.num_sample
+    beside = len(loaders["val"].sampler) if "val" in loaders else 0
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this machine's memory
     log(f"the frozen encoder reads {clips} clips for training")
-    batches = store_features(probe, train, recipe, args.amp, clips)
+    batches = store_features(probe, train, recipe, args.amp, (clips + beside) * local)
     loaders["train"] = FeatureLoader.of(batches, clips, args.batch_size, args.seed)
     if "val" in loaders:
-        batches = list(store_features(probe, loaders["val"], recipe, args.amp, len(loaders["val"].dataset)))
+        batches = list(store_features(probe, loaders["val"], recipe, args.amp, beside))
         loaders["val"] = StoredViews(loaders["val"], batches)
+
+
+def test_settings(args, loader, source: str) -> dict:
+    """What test.json says besides the accuracies."""
+    return {
+        "list": str(loader.dataset.list_path),
+        "checkpoint": source,
+        "temporal_clips": args.test_num_segment,
+        "spatial_crops": args.test_num_crop,
+    }
 
 
 def test(model: torch.nn.Module, loader, recipe: FinetuneRecipe, args, source: str, output: Path | None) -> Scores:
@@ -414,13 +459,7 @@ def test(model: torch.nn.Module, loader, recipe: FinetuneRecipe, args, source: s
     )
     if output and is_main_process():
         names = class_names(os.path.dirname(loader.dataset.list_path), args.nb_classes)
-        settings = {
-            "list": str(loader.dataset.list_path),
-            "checkpoint": source,
-            "temporal_clips": args.test_num_segment,
-            "spatial_crops": args.test_num_crop,
-        }
-        write_report(output, scores, loader.dataset.paths, names, settings)
+        write_report(output, scores, loader.dataset.paths, names, test_settings(args, loader, source))
         log(f"wrote test.json, per_class.csv, predictions.csv, scores.npz and confusion.png to {output}")
     return scores
 
@@ -442,16 +481,17 @@ def run_finetuning(args) -> None:
 
     found = find_resume(args)
     if found:
-        state = found[1].get("model", {})
-        model = build_classifier(args, state.get("encoder.pos_embed", state.get("pos_embed")))
+        weights = found[1].get("model", {})
+        model = build_classifier(args, weights.get("encoder.pos_embed", weights.get("pos_embed")))
+    elif args.start_epoch >= args.epochs:
+        raise UsageError(f"--start_epoch {args.start_epoch}: there is no such epoch in --epochs {args.epochs}")
     else:
         model = load_finetune(args) if args.finetune else build_classifier(args, None)
     run = Run(args, model, device)
     seed_everything(args.seed + args.rank)  # dropout, stochastic depth and mixup differ between ranks
     output, recipe.log_writer = open_output(args)
-    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(
-        f"{args.model}: {num_parameters / 1e6:.1f} M parameters to train, {args.nb_classes} classes, "
+        f"{args.model}: {run.num_parameters / 1e6:.1f} M parameters to train, {args.nb_classes} classes, "
         f"{probe_kind(args) + ' probe' if probe_kind(args) else 'all layers'}"
         f"{'' if found or args.finetune else ', from random weights (no --finetune)'}"
         f"\n{args.data_set}: {args.num_frames} frames from {args.num_segments} segment(s), "
@@ -459,23 +499,58 @@ def run_finetuning(args) -> None:
         f"\n{describe_schedule(args, recipe)}"
     )
     first_epoch = resume(run, args, found)
-    if found and output and (output / "checkpoint-best.pth").exists():
-        best = load_checkpoint(output / "checkpoint-best.pth").get("best", run.best)
-        run.best = max(run.best, best, key=lambda b: b["acc1"])  # a killed run may have got further than it saved
+    if found and output and found[0].parent.resolve() == output.resolve():
+        best = read_best(output)  # a killed run may have got further than its newest checkpoint
+        run.best = max(run.best, best.get("best", run.best), key=lambda b: b["acc1"])
+    found = weights = best = None  # or every process would hold them during the whole run
+    agree(run.best, "best checkpoints")
     if output and is_main_process():
-        drop_epochs_from(output / "log.txt", first_epoch)
-    if first_epoch < args.epochs:
-        train(run, loaders, recipe, first_epoch, output, num_parameters)
-    elif output and (output / "test.json").exists():
+        drop_epochs_from(output / "log.txt", first_epoch - (run.unvalidated is not None))
+
+    finished = first_epoch >= args.epochs
+    if run.unvalidated is not None and "val" in loaders:
+        stats = run.unvalidated | validate(run, loaders["val"], recipe, first_epoch - 1, output)
+        write_log(output, run, stats, first_epoch - 1)
+    if not finished:
+        train(run, loaders, recipe, first_epoch, output)
+    loaders = {"test": loaders["test"]}  # ends the worker processes of the others
+    barrier()  # the best checkpoint is written
+    best = read_best(output) if output and args.save_ckpt else {}
+    if best.get("best") == run.best:
+        source = str(output / BEST)
+        model = load_finished(args, source, best).to(device)
+    else:
+        source = f"the weights after epoch {max(first_epoch, args.epochs) - 1}"
+        model = run.evaluated
+    agree(source, "best checkpoints")
+    if finished and output and is_tested(output, test_settings(args, loaders["test"], source)):
         log(f"nothing to do: {args.epochs} epochs are finished and tested ({output / 'test.json'})")
         return
-    barrier()  # the best checkpoint is written
-    model, source = run.evaluated, f"the weights after epoch {args.epochs - 1}"
-    best_path = output / "checkpoint-best.pth" if output else None
-    if best_path and best_path.exists() and "val" in loaders:
-        model = load_finished(args, best_path, load_checkpoint(best_path)).to(device)
-        source = str(best_path)
     test(model, loaders["test"], recipe, args, source, output)
+
+
+def read_best(output: Path) -> dict:
+    """checkpoint-best.pth of a folder; {} where there is none that can be read."""
+    if not (output / BEST).exists():
+        return {}
+    try:
+        return load_checkpoint(output / BEST)
+    except CheckpointError as error:
+        log(f"warning: {error}; going on without it")
+        return {}
+
+
+def is_tested(output: Path, settings: dict) -> bool:
+    """Whether test.json is there and about these settings."""
+    try:
+        return settings.items() <= json.loads((output / "test.json").read_text()).items()
+    except (OSError, ValueError):
+        return False
+
+
+def write_log(output: Path | None, run: Run, stats: dict, epoch: int) -> None:
+    if output and is_main_process():
+        append_json_line(output / "log.txt", stats | {"epoch": epoch, "n_parameters": run.num_parameters})
 
 
 def stores_features(args) -> bool:
@@ -486,7 +561,7 @@ def find_finished(args) -> tuple[str | Path, dict]:
     """The checkpoint --eval tests: --finetune, --resume, the best in --output_dir, or the newest there."""
     if args.finetune:
         return args.finetune, load_checkpoint(args.finetune)
-    best = Path(args.output_dir, "checkpoint-best.pth")
+    best = Path(args.output_dir, BEST)
     if not args.resume and args.output_dir and best.exists():
         return best, load_checkpoint(best)
     found = find_resume(args)
@@ -505,7 +580,7 @@ def validate(run: Run, loader, recipe: FinetuneRecipe, epoch: int, output: Path 
     if stats["val_acc1"] > run.best["acc1"]:
         run.best = {"acc1": stats["val_acc1"], "epoch": epoch}
         if output and args.save_ckpt and is_main_process():
-            save_checkpoint(output / "checkpoint-best.pth", run.weights(epoch))
+            save_checkpoint(output / BEST, run.weights(epoch))
     log(
         f"epoch {epoch} validation: top-1 {stats['val_acc1']:.2f} %, top-5 {stats['val_acc5']:.2f} %, loss "
         f"{stats['val_loss']:.4g}; best top-1 {run.best['acc1']:.2f} % in epoch {run.best['epoch']}"
@@ -516,8 +591,11 @@ def validate(run: Run, loader, recipe: FinetuneRecipe, epoch: int, output: Path 
     return stats
 
 
-def train(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, output: Path | None, num_parameters: int):
-    """Epochs from first_epoch to the last, each followed by validation ("val" in loaders)."""
+def train(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, output: Path | None) -> None:
+    """Epochs from first_epoch to the last, each followed by validation ("val" in loaders) and a checkpoint.
+
+    Every save_ckpt_freq-th checkpoint and the last are kept, the others replaced by the next.
+    """
     args = run.args
     start = time.time()
     if output and is_main_process():
@@ -528,29 +606,28 @@ def train(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, out
         loaders["train"].sampler.set_epoch(epoch)
         stats = train_one_epoch(run.backend, loaders["train"], recipe, epoch, run.ema)
         stats = {f"train_{name}": value for name, value in stats.items()}
-        last = epoch + 1 == args.epochs
-        saving = last or (epoch + 1) % args.save_ckpt_freq == 0
-        problem = None
+        run.unvalidated, problem = None, None
         try:
             if "val" in loaders:
                 stats |= validate(run, loaders["val"], recipe, epoch, output)
-        except VideoError as error:  # raised on every process: save what was trained, then stop
-            problem, saving = error, True
-        if output and args.save_ckpt and saving:
+            write_log(output, run, stats, epoch)  # before the checkpoint: a resume takes away lines, it cannot add one
+        except VideoError as error:  # on every process: save what was trained, then stop; a resume validates first
+            run.unvalidated, problem = stats, error
+        if output and args.save_ckpt:
             state = run.state(epoch)  # every rank gives its random state
             if is_main_process():
                 save_checkpoint(output / f"checkpoint-{epoch}.pth", state)
+                if epoch % args.save_ckpt_freq:
+                    (output / f"checkpoint-{epoch - 1}.pth").unlink(missing_ok=True)
         if problem:
             raise problem
-        if output and is_main_process():
-            append_json_line(output / "log.txt", stats | {"epoch": epoch, "n_parameters": num_parameters})
     if recipe.log_writer is not None:
         recipe.log_writer.close()
     log(f"training took {format_time(time.time() - start)}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run_script(run_finetuning, parse_args(arguments))
+    run_script(lambda arguments: run_finetuning(parse_args(arguments)), arguments)
 
 
 if __name__ == "__main__":

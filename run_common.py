@@ -12,7 +12,7 @@ from checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from datasets.transforms import mean_and_std
 from datasets.video import DECODERS, ListError, VideoError
 from optim_factory import create_optimizer
-from utils import UsageError, is_main_process, log, write_run_description
+from utils import UsageError, agree, is_main_process, log, write_run_description
 
 SWITCH = argparse.BooleanOptionalAction
 
@@ -138,6 +138,8 @@ def check_ranges(args, at_least_1: str = "", positive: str = "", not_negative: s
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 0 and less than 1")
     if args.opt_betas is not None and not (len(args.opt_betas) == 2 and all(0 <= b < 1 for b in args.opt_betas)):
         raise UsageError(f"--opt_betas {args.opt_betas}: two numbers of at least 0 and less than 1")
+    if args.weight_decay == 0 and args.weight_decay_end:
+        raise UsageError("--weight_decay 0 stays 0: --weight_decay_end has nothing to change")
     if args.batch_size % args.num_sample:
         raise UsageError(f"--batch_size {args.batch_size} (clips) is not divisible by --num_sample {args.num_sample}")
     if args.device == "cpu" and args.amp == "fp16":
@@ -240,8 +242,10 @@ def open_output(args, description: str = "args.json") -> tuple[Path | None, obje
             raise UsageError(f"--output_dir {output}: cannot be written ({error.strerror})") from error
     if not args.log_dir:
         return output, None
-    from tensorboardX import SummaryWriter
-
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UsageError("--log_dir needs tensorboardX: pip install tensorboardX, or leave the flag out") from None
     return output, SummaryWriter(args.log_dir)
 
 
@@ -254,10 +258,23 @@ FREE_ON_RESUME = {
 
 
 def find_resume(args) -> tuple[Path, dict] | None:
-    """--resume's checkpoint, or the newest in --output_dir. Raises CheckpointError."""
+    """--resume's checkpoint, or the newest in --output_dir, the same on every process.
+
+    Raises: CheckpointError; UsageError where the folder holds another run, or processes see different files.
+    """
     if args.resume:
         return Path(args.resume), load_checkpoint(args.resume)
-    return latest_checkpoint(args.output_dir) if args.auto_resume and args.output_dir else None
+    found = latest_checkpoint(args.output_dir) if args.auto_resume and args.output_dir else None
+    agree(found and str(found[0]), "checkpoints to go on from")
+    if found is None:
+        return None
+    source = found[1].get("args", {}).get("finetune", "")
+    if args.finetune and args.finetune != source:
+        raise UsageError(
+            f"{args.output_dir} holds a run that started from {source or 'random weights'}, not from --finetune "
+            f"{args.finetune}: choose another --output_dir, or start over with --no-auto_resume"
+        )
+    return found
 
 
 def resume(run, args, found: tuple[Path, dict] | None) -> int:
@@ -274,6 +291,8 @@ def resume(run, args, found: tuple[Path, dict] | None) -> int:
         for name, value in vars(args).items()
         if name in saved and saved[name] != value and name not in FREE_ON_RESUME
     ]
+    if saved.get("opt", args.opt) != args.opt:
+        raise UsageError(f"--opt {args.opt}: {path} was written with {saved['opt']}, whose state does not carry over")
     next_epoch = run.load(path, state)
     log(f"resumed after epoch {next_epoch - 1} from {path}")
     if changed:

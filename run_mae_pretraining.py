@@ -236,7 +236,7 @@ class Run:
                 self.tats_backend.load_state_dict(
                     {"optimizer": state["tats_optimizer"], "scaler": state["tats_scaler"]}
                 )
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: its optimizer does not fit (--opt, --mask_type): {error}") from error
         set_rng_state(state["rng"], self.device)
         return state["epoch"] + 1
@@ -292,14 +292,14 @@ def train(args) -> None:
             stats = engine_for_tats.train_one_epoch(
                 run.backend, run.tats_backend, loader, recipe, ppo_settings(args), epoch
             )
+        if output and is_main_process():  # before the checkpoint: a resume takes away lines, it cannot add one
+            record = {f"train_{name}": value for name, value in stats.items()}
+            append_json_line(output / "log.txt", record | {"epoch": epoch, "n_parameters": num_parameters})
         last = epoch + 1 == args.epochs
         if output and (last or (epoch + 1) % args.save_ckpt_freq == 0):
             state = run.state(epoch, (epoch + 1) * steps_per_epoch)  # every rank gives its random state
             if is_main_process():
                 save_checkpoint(output / f"checkpoint-{epoch}.pth", state)
-        if output and is_main_process():
-            record = {f"train_{name}": value for name, value in stats.items()}
-            append_json_line(output / "log.txt", record | {"epoch": epoch, "n_parameters": num_parameters})
     if log_writer is not None:
         log_writer.close()
     log(f"training took {format_time(time.time() - start)}")

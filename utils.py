@@ -1,5 +1,6 @@
 """Processes, seeds, metrics and the files a run writes."""
 
+import datetime
 import json
 import math
 import os
@@ -66,11 +67,22 @@ def init_distributed(args) -> None:
             init_method=args.dist_url,
             rank=args.rank,
             world_size=args.world_size,
+            timeout=datetime.timedelta(hours=1),  # one process may test or read longer than the others
         )
 
 
 def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def agree(value, what: str) -> None:
+    """Raises UsageError on every process unless all have the same value: what one of them alone reads from its disk
+    would lead them apart."""
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        if any(other != values[0] for other in values):
+            raise UsageError(f"the processes see different {what} ({values}): --output_dir must be on a shared disk")
 
 
 def barrier() -> None:
@@ -121,12 +133,18 @@ def set_rng_state(states: list[dict], device: torch.device) -> None:
 
 
 def available_memory() -> int:
-    """Bytes of host memory that can be had without swapping; caches of files count as free where the system says so."""
+    """Bytes of host memory that can be had without swapping; caches of files count as free where the system says so,
+    and a container's limit counts."""
     try:
         with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        return min(free, limit - used)
+    except (OSError, ValueError):  # no limit
+        return free
 
 
 # --- metrics -----------------------------------------------------------------------------------------------------
@@ -256,13 +274,17 @@ def write_run_description(path: Path, args) -> None:
         except metadata.PackageNotFoundError:
             versions[package] = None
     root = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        revision = git.stdout.strip() or None
+    except OSError:  # no git on this machine
+        revision = None
     description = {
         "args": vars(args),
         "command": sys.argv,
         "versions": versions,
         "python": sys.version.split()[0],
-        "git": git.stdout.strip() or None,
+        "git": revision,
     }
     path.write_text(json.dumps(description, indent=2, default=str) + "\n")
 
@@ -277,7 +299,16 @@ def append_json_line(path: Path, record: dict) -> None:
 def drop_epochs_from(path: Path, epoch: int) -> None:
     """Removes what a killed run logged of epochs that are about to be run again."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["epoch"] < epoch]
+        kept = [line for line in path.read_text().splitlines() if _epoch_of(line) < epoch]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         os.replace(temporary, path)
+
+
+def _epoch_of(line: str) -> float:
+    """Of a line of log.txt; one that tells none stays, one that was cut off by a crash goes."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return math.inf
+    return record.get("epoch", -1) if isinstance(record, dict) else math.inf

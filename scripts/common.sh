@@ -90,8 +90,17 @@ finetune() {
         echo "  MODEL_PATH=output/ssv2_tats/checkpoint-399.pth DATA_PATH=/data/ssv2 bash $0" >&2
         exit 2
     fi
-    if [ "$MODEL_PATH" != none ]; then initial=(--finetune "$MODEL_PATH"); fi
-    local output=${OUTPUT_DIR:-$REPOSITORY/output/$name}
+    # one folder for each starting point and mode: a folder goes on with the run it holds
+    local flag from=scratch
+    for flag in "$@"; do
+        case $flag in --linear_probe | --attentive_probe) name=${name/finetune/${flag#--}} ;; esac
+    done
+    if [ "$MODEL_PATH" != none ]; then
+        initial=(--finetune "$MODEL_PATH")
+        from=$(basename "$MODEL_PATH" .pth)
+        case $from in checkpoint-*) from=$(basename "$(dirname "$MODEL_PATH")") ;; esac
+    fi
+    local output=${OUTPUT_DIR:-$REPOSITORY/output/${name}_from_$from}
     launch run_class_finetuning.py \
         --data_path "$DATA_PATH" \
         --output_dir "$output" \

@@ -93,7 +93,8 @@ def test_optional_packages_are_imported_where_used_and_only_then(package, homes)
 
 def test_only_known_packages_are_imported_at_the_top():
     """What a machine must have to train; everything else is optional and imported in the function that uses it."""
-    needed = {"torch", "torchvision", "timm", "numpy", "PIL", "matplotlib"}  # Pillow comes with torchvision
+    needed = {"torch", "torchvision", "timm", "numpy", "matplotlib"}
+    needed |= {"PIL", "safetensors"}  # come with torchvision and timm
     for name, path in FILES.items():
         packages = {module.split(".")[0] for module in imports(path, top_level_only=True)}
         assert packages - set(sys.stdlib_module_names) - set(FILES) - {"datasets", "tools"} <= needed, name

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import run_mae_pretraining
@@ -114,17 +115,23 @@ def test_everything_on(shapes, finetuned):
 
 
 def test_eval_alone_repeats_the_test(shapes, finetuned, tmp_path):
-    """From the run's folder (the best), and from a file named; the run's own args.json stays."""
+    """From the run's folder (the best), and from a file; flags are the checkpoint's; the run's args.json stays."""
     folder, _ = finetuned
     reference, described = scores(folder), (folder / "args.json").read_bytes()
-    run_here(shapes, "--eval", "--model_ema", "--output_dir", folder)
-    assert np.array_equal(scores(folder), reference)
+    here = ["--eval", "--data_path", str(shapes), "--device", "cpu", "--num_workers", "0"]
+    main([*here, "--output_dir", str(folder)])
+    assert np.allclose(scores(folder), reference, atol=1e-6)  # another batch size
     assert (folder / "args.json").read_bytes() == described and (folder / "eval_args.json").exists()
-    flags = ["--eval", "--model_ema", "--finetune", folder / "checkpoint-best.pth"]
-    run_here(shapes, *flags, "--output_dir", tmp_path / "ema")
+    named = [*here, "--finetune", str(folder / "checkpoint-best.pth"), "--batch_size", "4"]
+    main([*named, "--output_dir", str(tmp_path / "ema")])
     assert np.array_equal(scores(tmp_path / "ema"), reference)
-    run_here(shapes, *flags[:1], *flags[2:], "--output_dir", tmp_path / "raw")
-    assert not np.array_equal(scores(tmp_path / "raw"), reference)  # the average is another model
+    main([*named, "--output_dir", str(tmp_path / "raw"), "--no-model_ema"])
+    assert not np.allclose(scores(tmp_path / "raw"), reference, atol=1e-6)  # the average is another model
+    torch.save({"model": weights(folder / "checkpoint-best.pth")}, tmp_path / "bare.pth")
+    with pytest.raises(SystemExit, match="bare.pth: has no moving average"):
+        run_here(shapes, "--eval", "--model_ema", "--finetune", tmp_path / "bare.pth")
+    run_here(shapes, "--eval", "--finetune", tmp_path / "bare.pth", "--output_dir", tmp_path / "bare")
+    assert np.array_equal(scores(tmp_path / "bare"), scores(tmp_path / "raw"))
 
 
 def test_processes_and_workers_change_nothing(shapes, finetuned, tmp_path):
@@ -165,12 +172,12 @@ def test_resume_after_kill_gives_the_undisturbed_run(shapes, tmp_path):
     command = [sys.executable, str(ROOT / "run_class_finetuning.py"), *flags_of(shapes, *flags, "--output_dir", killed)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     for line in process.stdout:
-        if line.startswith("epoch 2 validation"):
+        if line.startswith("epoch 2 ["):
             break
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert (killed / "checkpoint-1.pth").exists() and not (killed / "checkpoint-3.pth").exists()
+    assert [path.name for path in killed.glob("checkpoint-?.pth")] == ["checkpoint-1.pth"]
     assert "resumed after epoch 1" in run(shapes, *flags, "--output_dir", killed)
 
     def without_times(folder):
@@ -210,6 +217,63 @@ def test_two_processes_and_accumulation_follow_one_process(shapes, tmp_path):
                 assert record[name] == pytest.approx(expected[name], rel=2e-4), (folder, name)
             assert record["val_acc1"] == expected["val_acc1"]
     assert np.allclose(scores(tmp_path / "two"), scores(tmp_path / "one"), atol=1e-4)
+
+
+def test_between_two_kept_checkpoints_one_is_rolling(shapes, tmp_path):
+    """A run killed before --save_ckpt_freq is reached has not lost everything; old ones do not pile up."""
+    run_here(shapes, "--epochs", 5, "--save_ckpt_freq", 2, "--output_dir", tmp_path)
+    assert {path.name for path in tmp_path.glob("checkpoint-?.pth")} == {f"checkpoint-{n}.pth" for n in (1, 3, 4)}
+
+
+def test_a_folder_goes_on_with_the_run_it_holds(shapes, pretrained, finetuned, tmp_path):
+    folder, _ = finetuned
+    torch.save(torch.load(pretrained, weights_only=True), tmp_path / "other.pth")
+    for finetune in (tmp_path / "other.pth", "no/such.pth"):
+        with pytest.raises(SystemExit, match="holds a run that started from .*checkpoint-0.pth, not from --finetune"):
+            run_here(shapes, "--finetune", finetune, "--model_ema", "--epochs", 3, "--output_dir", folder)
+    with pytest.raises(SystemExit, match="--opt sgd: .* was written with adamw"):
+        run_here(shapes, "--opt", "sgd", "--model_ema", "--epochs", 4, "--output_dir", folder)
+
+
+def test_anothers_best_is_not_tested(shapes, finetuned, tmp_path):
+    folder, _ = finetuned
+    shutil.copy(folder / "checkpoint-best.pth", tmp_path)
+    run_here(shapes, "--no_save_ckpt", "--no_auto_resume", "--epochs", 1, "--output_dir", tmp_path)
+    assert json.loads((tmp_path / "test.json").read_text())["checkpoint"] == "the weights after epoch 0"
+
+
+def test_damage_does_not_stop_a_resume(shapes, tmp_path, capsys):
+    """A best checkpoint cut short, a log whose last line is torn, no git on the machine."""
+    run_here(shapes, "--epochs", 2, "--output_dir", tmp_path)
+    best, text = tmp_path / "checkpoint-best.pth", (tmp_path / "log.txt").read_text()
+    best.write_bytes(best.read_bytes()[:1000])
+    (tmp_path / "log.txt").write_text('{"Final top-1": 1}\n' + text + '{"epoch": 2, "trai')
+    path = os.environ["PATH"]
+    os.environ["PATH"] = str(tmp_path)
+    try:
+        run_here(shapes, "--epochs", 3, "--output_dir", tmp_path)
+    finally:
+        os.environ["PATH"] = path
+    output = capsys.readouterr().out
+    assert "checkpoint-best.pth: not a readable checkpoint" in output and "resumed after epoch 1" in output
+    assert [record.get("epoch") for record in read_log(tmp_path)] == [None, 0, 1, 2]
+    assert json.loads((tmp_path / "args.json").read_text())["git"] is None
+
+
+def test_an_epoch_whose_validation_failed_is_validated_by_the_resume(shapes, tmp_path):
+    video = shapes / (shapes / "val.csv").read_text().splitlines()[0].rsplit(" ", 1)[0]
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
+    (tmp_path / "val.csv").write_text(f"{video} 0\nbroken.mp4 1\n")
+    flags = ["--eval_data_path", tmp_path / "val.csv", "--epochs", 1, "--output_dir", tmp_path / "out"]
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="broken.mp4"):
+            run_here(shapes, *flags)
+    assert not (tmp_path / "out" / "log.txt").exists()
+    run_here(shapes, *flags, "--allow_missing")
+    (record,) = read_log(tmp_path / "out")
+    assert record["epoch"] == 0 and {"train_loss", "val_acc1"} <= set(record)
+    assert (tmp_path / "out" / "checkpoint-best.pth").exists()
+    assert json.loads((tmp_path / "out" / "test.json").read_text())["unreadable"] == 1
 
 
 @pytest.mark.parametrize("cache", ["--cache_features", "--no-cache_features"])
@@ -279,11 +343,13 @@ def test_foreign_checkpoints(shapes, pretrained, tmp_path, capsys):
         "deepspeed": {"module": state},
         "adamae": {"model": state | sampler},
         "bare": {f"module.{name}": value for name, value in state.items()},
+        "tensors": state,
     }
     results = []
     for name, content in files.items():
-        torch.save(content, tmp_path / f"{name}.pth")
-        run_here(shapes, "--finetune", tmp_path / f"{name}.pth", "--epochs", 1, "--output_dir", tmp_path / name)
+        path = tmp_path / f"{name}.{'safetensors' if name == 'tensors' else 'pth'}"
+        (safetensors.torch.save_file if name == "tensors" else torch.save)(content, path)
+        run_here(shapes, "--finetune", path, "--epochs", 1, "--output_dir", tmp_path / name)
         results.append(scores(tmp_path / name))
         output = capsys.readouterr().out
         assert "54 tensors taken over" in output
@@ -331,6 +397,12 @@ def bad_inputs():
     yield "two probes", ["--linear_probe", "--attentive_probe"], ["--linear_probe", "--attentive_probe"]
     yield "probe with mixup", ["--linear_probe", "--mixup", "0.8"], ["--mixup", "--no-cache_features"]
     yield "probe with layer decay", ["--linear_probe", "--layer_decay", "0.7"], ["--layer_decay 0.7"]
+    yield "probe with dropout", ["--linear_probe", "--drop", "0.1"], ["--drop"]
+    yield "linear probe of one clip", ["--linear_probe", "--batch_size", "1", "--num_sample", "1"], ["--batch_size 1"]
+    yield "nothing to store", ["--no-cache_features"], ["--no-cache_features"]
+    yield "resplit of one clip", ["--resplit", "--num_sample", "1"], ["--resplit", "--num_sample 1"]
+    yield "decay that cannot change", ["--weight_decay", "0", "--weight_decay_end", "1"], ["--weight_decay_end"]
+    yield "no such epoch", ["--start_epoch", "7"], ["--start_epoch 7"]
     yield "odd batch", ["--batch_size", "3", "--num_sample", "1"], ["--batch_size 3", "even"]
     yield "layer decay", ["--layer_decay", "0"], ["--layer_decay 0"]
     yield "smoothing", ["--smoothing", "1"], ["--smoothing 1"]

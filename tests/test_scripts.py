@@ -78,10 +78,11 @@ def test_finetuning_parses_with_the_papers_settings(path):
     assert (args.opt, args.opt_betas, args.weight_decay, args.layer_decay) == ("adamw", [0.9, 0.999], 0.05, 0.75)
     assert (args.smoothing, args.mixup, args.cutmix, args.drop_path) == (0.1, 0.8, 1.0, 0.1)
     assert (args.aa, args.num_frames) == ("rand-m9-mstd0.5-inc1", 16)
-    assert len(launcher) == 1 and args.output_dir.endswith(f"output/{data}_finetune")
+    assert len(launcher) == 1 and args.output_dir.endswith(f"output/{data}_finetune_from_some")
     scratch, _ = parsed(path, DATA_PATH="lists", MODEL_PATH="none", GPUS="1")
-    assert scratch.finetune == ""
-    probe, _ = parsed(path, "--linear_probe", DATA_PATH="lists", MODEL_PATH="some.pth")
+    assert scratch.finetune == "" and scratch.output_dir.endswith(f"output/{data}_finetune_from_scratch")
+    probe, _ = parsed(path, "--linear_probe", DATA_PATH="lists", MODEL_PATH="output/ssv2_tats/checkpoint-399.pth")
+    assert probe.output_dir.endswith(f"output/{data}_linear_probe_from_ssv2_tats")
     assert (probe.mixup, probe.weight_decay, probe.layer_decay) == (0, 0, 1)
 
 

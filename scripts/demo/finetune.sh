@@ -36,7 +36,7 @@ GPUS=0 launch run_class_finetuning.py \
     --layer_decay 1 \
     --lr 2.4e-2 \
     --warmup_epochs 1 \
-    --epochs 15 \
+    --epochs 25 \
     --save_ckpt_freq 5 \
     --print_freq 50 \
     --num_workers 1 \
