@@ -1,11 +1,18 @@
 """The one place that knows DDP, mixed precision, gradient accumulation and how an optimizer step is taken."""
 
 import contextlib
+import inspect
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+# torch 2.13 renamed it
+BUFFER_SYNC = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 
 
@@ -44,7 +51,7 @@ class Backend:
             self.module = DistributedDataParallel(
                 self.raw,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # position tables, the same everywhere
+                **{BUFFER_SYNC: False},  # position tables, the same everywhere
             )
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.micro_batches = 0
