@@ -34,7 +34,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="micro-batches an optimizer step: effective batch = all clips of a step",
     )
-    group.add_argument("--save_ckpt_freq", type=int, help="epochs between checkpoints (the last is kept too)")
+    group.add_argument("--save_ckpt_freq", type=int, help="epochs between checkpoints that are kept (so is the last)")
     group.add_argument("--print_freq", default=20, type=int, help="micro-batches between progress lines")
     group.add_argument("--output_dir", default="", help="folder for checkpoints, log.txt and args.json; empty: none")
     group.add_argument("--log_dir", default=None, help="folder for tensorboard files")

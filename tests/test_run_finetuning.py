@@ -219,6 +219,24 @@ def test_two_processes_and_accumulation_follow_one_process(shapes, tmp_path):
     assert np.allclose(scores(tmp_path / "two"), scores(tmp_path / "one"), atol=1e-4)
 
 
+def test_processes_that_see_different_files_stop(shapes, tmp_path):
+    """On disks of their own one process would resume and the other start anew, and their gradients be averaged."""
+    run_here(shapes, "--epochs", 1, "--output_dir", tmp_path / "rank0")
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import run_class_finetuning\n"
+        "run_class_finetuning.main([a.replace('RANK', os.environ['RANK']) for a in sys.argv[1:]])\n"
+    )
+    flags = flags_of(shapes, "--epochs", 2, "--output_dir", tmp_path / "rankRANK")
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+         str(launcher), *flags], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode != 0 and "--output_dir must be on a shared disk" in result.stderr
+
+
 def test_between_two_kept_checkpoints_one_is_rolling(shapes, tmp_path):
     """A run killed before --save_ckpt_freq is reached has not lost everything; old ones do not pile up."""
     run_here(shapes, "--epochs", 5, "--save_ckpt_freq", 2, "--output_dir", tmp_path)
