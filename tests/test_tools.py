@@ -885,12 +885,13 @@ def test_a_killed_run_leaves_no_half_video(tmp_path):
 
 def test_worker_that_dies_leaves_no_half_video(clips, tmp_path):
     """A time-out kills the worker in the middle of a file."""
-    noise = np.random.default_rng(0).integers(0, 256, (12, 240, 320, 3), dtype=np.uint8)
-    write_clip(tmp_path / "long.mkv", np.concatenate([noise] * 30), "mjpeg", "yuvj420p")
+    noise = np.random.default_rng(0).integers(0, 256, (12, 480, 640, 3), dtype=np.uint8)
+    write_clip(tmp_path / "long.mkv", np.concatenate([noise] * 60), "mjpeg", "yuvj420p")  # well over 10 s to encode
     (tmp_path / "l.csv").write_text(f"long.mkv 1\n{clips}/good 0.mp4 0\n")
-    flags = ("--list", tmp_path / "l.csv", "--output", tmp_path / "out", "--num_workers", 1, "--timeout", 1, "--crf", 1)
+    flags = ("--list", tmp_path / "l.csv", "--output", tmp_path / "out", "--num_workers", 1, "--timeout", 2)
+    flags += ("--crf", 1, "--short_side", 480)
     assert run_resize(*flags) == 1
-    assert "not done within 1 s" in (tmp_path / "out/failed.txt").read_text()
+    assert "not done within 2 s" in (tmp_path / "out/failed.txt").read_text()
     assert [path.name for path in (tmp_path / "out").rglob("*.mp4*")] == ["good 0.mp4"]
 
 
