@@ -1,12 +1,17 @@
 """Trajectory attention of Motionformer (Patrick 2021, arXiv 2106.05392): exact, and its Orthoformer approximation.
 
 Shapes: B clips, t token frames, S tokens a frame, N = t*S in (time, row, column) order, D width, h heads, d = D/h,
-R landmarks. "Frame" means token frame.
+R landmarks, n queries. "Frame" means token frame.
+
+What is never stored: N x N weights (fused attention), the projections of all t trajectory tokens of a query (eq. 2 is
+folded), copies for another memory order (tokens are kept as (time, space, batch), in which clips count as heads).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 def _full(x: Tensor) -> Tensor:
@@ -14,14 +19,24 @@ def _full(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def trajectory_tokens(q: Tensor, k: Tensor, v: Tensor, num_frames: int) -> Tensor:
-    """Eq. 1: q, k, v [B, h, N, d] -> y~ [B, N, t, D], one trajectory token a frame for every query, heads concatenated.
+def _by_frame(x: Tensor, num_frames: int) -> Tensor:
+    """[B, h, N, d] -> [t, B*h, S, d], a view where B is 1."""
+    return x.flatten(0, 1).unflatten(1, (num_frames, -1)).transpose(0, 1)
 
-    The softmax runs inside one frame, so this is t fused attention calls; no N x N weights are stored.
+
+def _tokens(y: Tensor, batch: int) -> Tensor:
+    """[t, B*h, n, d] -> [B, n, t, h*d], a view where y lies in memory as fused attention leaves it: [t, n, B*h, d]."""
+    return y.unflatten(1, (batch, -1)).permute(1, 3, 0, 2, 4).flatten(3)
+
+
+def trajectory_tokens(q: Tensor, k: Tensor, v: Tensor, num_frames: int) -> Tensor:
+    """Eq. 1: q [B, h, n, d], k and v [B, h, N, d] -> y~ [B, n, t, D], one trajectory token a frame for every query.
+
+    The softmax runs inside one frame, so this is fused attention with the frames as batch.
     """
-    frames = zip(k.chunk(num_frames, dim=2), v.chunk(num_frames, dim=2), strict=True)
-    y = [F.scaled_dot_product_attention(q, k_frame, v_frame) for k_frame, v_frame in frames]  # t of [B, h, N, d]
-    return torch.stack([y_frame.transpose(1, 2).flatten(2) for y_frame in y], dim=2)
+    every_frame = q.flatten(0, 1).expand(num_frames, -1, -1, -1)
+    y = F.scaled_dot_product_attention(every_frame, _by_frame(k, num_frames), _by_frame(v, num_frames))
+    return _tokens(y, len(q))
 
 
 @torch.no_grad()
@@ -31,41 +46,122 @@ def orthogonal_landmarks(q: Tensor, num_landmarks: int) -> Tensor:
     The first is query 0 rather than a random one, so that a policy evaluated twice on the same tokens is the same
     policy (a PPO ratio compares like with like).
     """
-    unit = F.normalize(_full(q), dim=-1)
-    index = torch.zeros(*q.shape[:2], 1, dtype=torch.int64, device=q.device)
+    unit = F.normalize(_full(q), dim=-1).flatten(0, 1)
+    across = unit.transpose(1, 2).contiguous()  # [B*h, d, N]: a row times this is 3 times faster than it times a column
+    index = torch.zeros(len(unit), 1, dtype=torch.int64, device=q.device)
     picked = [index]
-    similarity = unit.new_zeros(q.shape[:3])  # largest |cosine| to the picked ones so far
+    similarity = unit.new_zeros(unit.shape[:2])  # largest |cosine| to the picked ones so far
     for _ in range(min(num_landmarks, q.shape[2]) - 1):
-        latest = unit.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, q.shape[-1]))  # [B, h, 1, d]
-        similarity = torch.maximum(similarity, (unit @ latest.transpose(-1, -2)).squeeze(-1).abs())
-        similarity.scatter_(2, index, torch.inf)  # equal queries are not picked twice
-        index = similarity.argmin(dim=2, keepdim=True)
+        latest = unit.gather(1, index.unsqueeze(-1).expand(-1, -1, q.shape[-1]))  # [B*h, 1, d]
+        similarity = torch.maximum(similarity, torch.bmm(latest, across).squeeze(1).abs())
+        similarity.scatter_(1, index, torch.inf)  # equal queries are not picked twice
+        index = similarity.argmin(dim=1, keepdim=True)
         picked.append(index)
-    return torch.cat(picked, dim=2)
+    return torch.cat(picked, dim=1).unflatten(0, q.shape[:2])
+
+
+def summarize_frames(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_landmarks: int) -> tuple[Tensor, Tensor]:
+    """R landmarks L of the queries, [B*h, R, d], and what they find in a frame, softmax(L k_t') v_t [t, B*h, R, d]."""
+    index = orthogonal_landmarks(q, num_landmarks)
+    landmarks = q.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, q.shape[-1])).flatten(0, 1)
+    every_frame = landmarks.expand(num_frames, -1, -1, -1)
+    return landmarks, F.scaled_dot_product_attention(every_frame, _by_frame(k, num_frames), _by_frame(v, num_frames))
+
+
+def tokens_by_landmarks(q: Tensor, landmarks: Tensor, summary: Tensor) -> Tensor:
+    """softmax(q L') summary of summarize_frames: q [B, h, n, d] -> y~ [B, n, t, D]."""
+    num_frames, dim = len(summary), q.shape[-1]
+    weights = _full(q.flatten(0, 1) @ landmarks.transpose(1, 2)).mul(dim**-0.5).softmax(dim=-1)  # [B*h, n, R]
+    y = weights.to(q.dtype) @ summary.permute(1, 2, 0, 3).flatten(2)  # [B*h, n, t*d]
+    return _tokens(y.unflatten(2, (num_frames, dim)).permute(2, 0, 1, 3), len(q))
 
 
 def orthoformer_tokens(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_landmarks: int) -> Tensor:
     """Eq. 1 through R landmarks shared by all frames, linear in N: y~_t' = softmax(q L') softmax(L k_t'') v_t'.
 
-    Shapes as trajectory_tokens.
+    Shapes as trajectory_tokens, with n = N.
     """
-    batch, heads, _, dim = q.shape
-    index = orthogonal_landmarks(q, num_landmarks)
-    landmarks = q.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, dim))  # [B, h, R, d]
-    k, v = (x.unflatten(2, (num_frames, -1)).flatten(1, 2) for x in (k, v))  # [B, h*t, S, d]: fused kernels take 4-D
-    summary = F.scaled_dot_product_attention(landmarks.repeat_interleave(num_frames, dim=1), k, v)
-    summary = summary.unflatten(1, (heads, num_frames)).transpose(2, 3).flatten(3)  # [B, h, R, t*d]
-    weights = _full(q @ landmarks.transpose(-1, -2)).mul(dim**-0.5).softmax(dim=-1)  # [B, h, N, R]
-    y = (weights.to(q.dtype) @ summary).unflatten(3, (num_frames, dim))  # [B, h, N, t, d]
-    return y.permute(0, 2, 3, 1, 4).flatten(3)
+    return tokens_by_landmarks(q, *summarize_frames(q, k, v, num_frames, num_landmarks))
+
+
+class TimeAttention(torch.autograd.Function):
+    """Eq. 2: every query attends over its own t trajectory tokens, asked by the one of its own frame.
+
+    apply(y [t, n, D], first_frame, num_frames, w_q [D, D], b_q [D] or None, w_kv [2*h, d, D]) -> [n, D], one dtype;
+    the queries are those of num_frames whole frames from first_frame on. W_k2's bias adds the same to every score and
+    falls out of the softmax, W_v2's is added by the caller.
+
+    <W_k2 y, q2> = <y, W_k2' q2> and sum_t a W_v2 y = W_v2 (sum_t a y): one query and one sum a token are projected
+    instead of t tokens, n (3 D^2 + 2 t h D) products instead of n ((2 t + 1) D^2 + 2 t D): fewer for t > 1 wherever
+    h t < (t - 1) D. The price, h vectors of width D a token, is paid for a piece of the queries at a time; the
+    backward pass makes them again.
+    """
+
+    @staticmethod
+    def forward(ctx, y, first_frame, num_frames, w_q, b_q, w_kv):
+        heads = len(w_kv) // 2
+        ctx.frames = (first_frame, num_frames)
+        q = F.linear(_own_frame(y, *ctx.frames).flatten(0, 1), w_q, b_q).unflatten(1, (heads, -1))  # [n, h, d]
+        weights, out = [], []
+        for piece in _pieces(y, heads):
+            y_piece = y[:, piece].transpose(0, 1)  # [m, t, D]
+            asked = torch.bmm(q[piece].transpose(0, 1), w_kv[:heads]).transpose(0, 1)  # W_k2' q2, [m, h, D]
+            scores = _full(torch.bmm(asked, y_piece.transpose(1, 2)))
+            weights.append((scores * q.shape[-1] ** -0.5).softmax(dim=-1))  # [m, h, t]
+            pooled = torch.bmm(weights[-1].to(y.dtype), y_piece)  # [m, h, D]
+            out.append(torch.bmm(pooled.transpose(0, 1), w_kv[heads:].transpose(1, 2)).transpose(0, 1).flatten(1))
+        ctx.save_for_backward(y, q, torch.cat(weights), w_q, w_kv)
+        ctx.has_bias = b_q is not None
+        return torch.cat(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, q, weights, w_q, w_kv = ctx.saved_tensors
+        heads, scale = q.shape[1], q.shape[-1] ** -0.5
+        grad = grad.unflatten(1, (heads, -1))
+        grad_y, grad_q = torch.empty_like(y), torch.empty_like(q)
+        grad_w = torch.zeros_like(w_kv, dtype=weights.dtype)
+        for piece in _pieces(y, heads):
+            y_piece = y[:, piece].transpose(0, 1)
+            a = weights[piece]
+            sides = torch.cat((q[piece], grad[piece]), dim=1).transpose(0, 1)  # [2h, m, d]
+            wide = torch.bmm(sides, w_kv).transpose(0, 1)  # W_k2' q2 and W_v2' grad, [m, 2h, D]
+            grad_a = _full(torch.bmm(wide[:, heads:], y_piece.transpose(1, 2)))
+            grad_scores = a * (grad_a - (a * grad_a).sum(dim=-1, keepdim=True)) * scale
+            both = torch.cat((grad_scores, a), dim=1).to(y.dtype)  # [m, 2h, t]
+            grad_y[:, piece] = torch.bmm(both.transpose(1, 2), wide).transpose(0, 1)
+            wide = torch.bmm(both, y_piece).transpose(0, 1)  # gradient of W_k2' q2, and the pooled tokens, [2h, m, D]
+            grad_w += torch.bmm(sides.transpose(1, 2), wide)
+            grad_q[piece] = torch.bmm(wide[:heads], w_kv[:heads].transpose(1, 2)).transpose(0, 1)
+        grad_q = grad_q.flatten(1)
+        own = _own_frame(y, *ctx.frames)
+        _own_frame(grad_y, *ctx.frames).add_((grad_q @ w_q).view_as(own))
+        grad_bias = grad_q.sum(dim=0) if ctx.has_bias else None
+        return grad_y, None, None, grad_q.t() @ own.flatten(0, 1), grad_bias, grad_w.to(w_kv.dtype)
+
+
+def _own_frame(y: Tensor, first_frame: int, num_frames: int) -> Tensor:
+    """View [c, n/c, D] of y [t, n, D], queries of c whole frames: each one's token of the frame it lies in."""
+    y = y[first_frame : first_frame + num_frames].unflatten(1, (num_frames, -1))  # [c, c, n/c, D]
+    return y.diagonal(dim1=0, dim2=1).permute(2, 0, 1)
+
+
+def _pieces(y: Tensor, heads: int) -> list[slice]:
+    """Cuts the queries of y [t, n, D] so that h vectors of width D for each fit a cache, or fill a GPU."""
+    num_queries, width = y.shape[1:]
+    count = -(-num_queries * heads * width // (2**25 if y.is_cuda else 2**20))
+    size = -(-num_queries // count)
+    return [slice(start, start + size) for start in range(0, num_queries, size)]
 
 
 class TrajectoryAttention(nn.Module):
     """forward(x [B, N, D], num_frames) -> [B, N, D]. Parameter names are those of Motionformer's layer.
 
     approx: "none" (exact) or "orthoformer". project_value=False leaves out W_v2 of eq. 2, as Motionformer's released
-    code does (the equation has it): only for weights trained that way. Raises ValueError where N is no multiple of
-    num_frames.
+    code does (the equation has it): only for weights trained that way. recompute (attribute): the backward pass
+    computes the trajectory tokens again, a few frames of queries at a time, so that t*N*D values are never stored.
+    Raises ValueError where N is no multiple of num_frames.
     """
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, approx="none", num_landmarks=128, project_value=True):
@@ -76,38 +172,56 @@ class TrajectoryAttention(nn.Module):
             raise ValueError(f'approx must be "none" or "orthoformer", got {approx!r}')
         self.num_heads, self.approx, self.num_landmarks = num_heads, approx, num_landmarks
         self.project_value = project_value
+        self.recompute = False
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj_q = nn.Linear(dim, dim, bias=qkv_bias)
         self.proj_kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
-        if x.shape[1] % num_frames:
-            raise ValueError(f"{x.shape[1]} tokens are no multiple of {num_frames} frames")
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
+        batch, num_tokens, width = x.shape
+        if num_tokens % num_frames:
+            raise ValueError(f"{num_tokens} tokens are no multiple of {num_frames} frames")
+        x = x.transpose(0, 1).flatten(0, 1)  # [N*B, D]
+        biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        q, k, v = (
+            F.linear(x, weight, bias).view(1, num_tokens, batch * self.num_heads, -1).transpose(1, 2)
+            for weight, bias in zip(self.qkv.weight.chunk(3), biases, strict=True)
+        )  # each [1, B*h, N, d]
         if self.approx == "none":
-            y = trajectory_tokens(q, k, v, num_frames)
+            context = (k, v)
         else:
-            y = orthoformer_tokens(q, k, v, num_frames, self.num_landmarks)
-        return self.proj(self.attend_over_time(y))
+            context = summarize_frames(q, k, v, num_frames, self.num_landmarks)
+        # A few frames of queries a call, enough for the fused kernel (256 queries), so that gradients of trajectory
+        # tokens and of the queries' copies for each frame exist for these alone.
+        frame = num_tokens // num_frames
+        frames_a_call = -(-256 // frame)
+        out = []
+        for i, q_part in enumerate(q.split(frames_a_call * frame, dim=2)):
+            arguments = (q_part, *context, i * frames_a_call, frame, batch)
+            if self.recompute and torch.is_grad_enabled():
+                out.append(checkpoint(self._attend, *arguments, use_reentrant=False))
+            else:
+                out.append(self._attend(*arguments))
+        out = torch.cat(out)
+        if self.project_value and self.proj_kv.bias is not None:  # the key's adds the same to every frame's score
+            out = out + self.proj_kv.bias[width:].to(out.dtype)
+        return self.proj(out).view(num_tokens, batch, width).transpose(0, 1)
 
-    def attend_over_time(self, y: Tensor) -> Tensor:
-        """Eq. 2: trajectory tokens y [B, N, t, D] -> [B, N, D].
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, first_frame: int, frame: int, batch: int) -> Tensor:
+        """Both equations for the queries [1, B*h, n, d] of whole frames of S tokens -> [n*B, D], without W_v2's bias.
 
-        <W_k2 y, q2> = <y, W_k2' q2> and sum_t a W_v2 y = W_v2 (sum_t a y): one query and one sum a token are projected
-        instead of t trajectory tokens. The key bias adds the same to every frame's score and falls out of the softmax.
+        k and v are those of trajectory_tokens or the landmarks and summary of tokens_by_landmarks.
         """
-        heads, num_frames = self.num_heads, y.shape[2]
-        own_frame = torch.stack([y_s[:, :, i] for i, y_s in enumerate(y.chunk(num_frames, dim=1))], dim=1)
-        q = self.proj_q(own_frame.flatten(1, 2)).unflatten(-1, (heads, -1))  # [B, N, h, d]
-        w_k, w_v = self.proj_kv.weight.to(q.dtype).unflatten(0, (2, heads, -1))  # each [h, d, D]
-        y = y.to(q.dtype)
-        scores = torch.einsum("bnhd,hdc->bnhc", q, w_k) @ y.transpose(-1, -2)  # [B, N, h, t]
-        weights = _full(scores).mul(q.shape[-1] ** -0.5).softmax(dim=-1).to(q.dtype)
-        if not self.project_value:
-            return torch.einsum("bnht,bnthd->bnhd", weights, y.unflatten(-1, (heads, -1))).flatten(2)
-        out = torch.einsum("bnhc,hdc->bnhd", weights @ y, w_v).flatten(2)
-        if self.proj_kv.bias is not None:
-            out = out + self.proj_kv.bias[out.shape[-1] :].to(out.dtype)
-        return out
+        if self.approx == "none":
+            y = trajectory_tokens(q, k, v, k.shape[2] // frame)
+        else:
+            y = tokens_by_landmarks(q, k, v)
+        y = y.squeeze(0).unflatten(-1, (batch, -1)).transpose(0, 1).flatten(1, 2)  # [t, n*B, D]
+        w_q, w_kv = self.proj_q.weight.to(y.dtype), self.proj_kv.weight.to(y.dtype)
+        w_kv = w_kv.unflatten(0, (2 * self.num_heads, -1))
+        if not self.project_value:  # W_v2 = identity
+            identity = torch.eye(w_q.shape[0], dtype=y.dtype, device=y.device).unflatten(0, (self.num_heads, -1))
+            w_kv = torch.cat((w_kv[: self.num_heads], identity))
+        b_q = None if self.proj_q.bias is None else self.proj_q.bias.to(y.dtype)
+        return TimeAttention.apply(y, first_frame, q.shape[2] // frame, w_q, b_q, w_kv)
