@@ -44,7 +44,7 @@ class Backend:
         self.device = device
         self.dtype = AMP_DTYPES[amp]
         self.accum_iter = accum_iter
-        self.clip_grad = clip_grad if clip_grad else float("inf")
+        self.clip_grad = clip_grad
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.module = self.raw
         if torch.distributed.is_initialized():
@@ -76,7 +76,10 @@ class Backend:
         if self.micro_batches % self.accum_iter:
             return False
         self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(gradients)
+        if self.clip_grad:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, grad_norm)
         finite = torch.isfinite(grad_norm)
         self.grad_norm = torch.where(finite, grad_norm, self.grad_norm)
         bad = (~finite).float()

@@ -22,15 +22,15 @@ class PretrainRecipe(Recipe):
 
 
 def to_device(batch: dict, recipe: PretrainRecipe) -> tuple[Tensor, Tensor, Tensor]:
-    """Loader batch -> (pixels in [0, 1], normalised video) float32 [B, 3, T, H, W], seed int64 [B]; copies uint8."""
+    """Loader batch -> pixels uint8 and normalised video float32, both [B, 3, T, H, W], seed int64 [B]; copies uint8."""
     device = recipe.mean.device
     clips = batch["video"].to(device, non_blocking=True)
-    pixels, video = normalize(clips, recipe.mean, recipe.std)
-    return pixels, video, batch["seed"].to(device, non_blocking=True)
+    _, video = normalize(clips, recipe.mean, recipe.std)
+    return clips.transpose(1, 2), video, batch["seed"].to(device, non_blocking=True)
 
 
 def masked_error(prediction: Tensor, pixels: Tensor, mask: Mask, recipe: PretrainRecipe) -> Tensor:
-    """e_i [B, N_m] float32, with the graph of the prediction."""
+    """e_i [B, N_m] float32, with the graph of the prediction; pixels uint8 [B, 3, T, H, W]."""
     target = reconstruction_target(pixels, mask, recipe.grid, recipe.normalize_target)
     return token_error(prediction, target, recipe.loss)
 
@@ -44,15 +44,17 @@ def train_one_epoch(
     for index, step, batch in runner.batches(loader):
         lr = recipe.apply_schedule(backend, step)
         pixels, video, seed = to_device(batch, recipe)
+        energy = motion_energy(video, recipe.grid)  # here, where no activations are alive
         with backend.autocast():
             if isinstance(backend.raw, modeling_adamae.AdaMAE):
                 prediction, mask = backend.module(video, seed)
             else:
                 mask = sampler(video, seed)
                 prediction = backend.module(video, mask)
+        del video
         error = masked_error(prediction, pixels, mask, recipe)
         loss = error.mean()
-        values = {"loss": loss, "motion_lift": motion_lift(motion_energy(video, recipe.grid), mask.visible)}
+        values = {"loss": loss, "motion_lift": motion_lift(energy, mask.visible)}
         if mask.log_prob is not None:
             sampling = modeling_adamae.sampling_loss(mask, error, sampling_coef)
             values |= sampler_metrics(mask, error) | {"sampling_loss": sampling}

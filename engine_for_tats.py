@@ -40,12 +40,14 @@ def train_one_epoch(
     for index, step, batch in runner.batches(loader):
         lr = recipe.apply_schedule(mae, step)
         pixels, video, seed = to_device(batch, recipe)
+        energy = motion_energy(video, recipe.grid)
         with torch.no_grad(), mae.autocast():
             tokens = mae.raw.encoder.patch_embed(video)
         with torch.set_grad_enabled(one_pass), tats.autocast():
             mask = (tats.module if one_pass else tats.raw)(video, seed, tokens)
         with mae.autocast():
             prediction = mae.module(video, mask)
+        del video
         error = masked_error(prediction, pixels, mask, recipe)
         loss = error.mean()
         mae.backward(loss)
@@ -57,7 +59,7 @@ def train_one_epoch(
         episode = ppo.Episode(tokens, mask.masked, old_log_prob, error.detach(), mask.value.detach())
         runner.metrics.update(
             loss=loss,
-            motion_lift=motion_lift(motion_energy(video, recipe.grid), mask.visible),
+            motion_lift=motion_lift(energy, mask.visible),
             value=mask.value.mean(),
             **sampler_metrics(mask, error),
         )

@@ -106,12 +106,19 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D], or with num_queries that of the last tokens alone, [B, num_queries, D]."""
+        weight, bias, heads = self.qkv.weight, None, self.num_heads
         if self.q_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
+        if num_queries is None:
+            q, k, v = F.linear(x, weight, bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            width = len(weight) // 3
+            q = F.linear(x[:, -num_queries:], weight[:width], self.q_bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+            bias = None if bias is None else bias[width:]
+            k, v = F.linear(x, weight[width:], bias).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+        # q, k, v each [B, heads, N, d]
         dropout = self.attn_drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
@@ -144,18 +151,28 @@ class Block(nn.Module):
         self.gamma_1 = nn.Parameter(init_values * torch.ones(dim)) if init_values else None
         self.gamma_2 = nn.Parameter(init_values * torch.ones(dim)) if init_values else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        attended = self.attn(self.norm1(x))
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """As Attention.forward."""
+        attended = self.attn(self.norm1(x), num_queries)
+        if num_queries is not None:
+            x = x[:, -num_queries:]
         x = x + self.drop_path(attended if self.gamma_1 is None else self.gamma_1 * attended)
         mixed = self.mlp(self.norm2(x))
         return x + self.drop_path(mixed if self.gamma_2 is None else self.gamma_2 * mixed)
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, use_checkpoint: bool) -> Tensor:
-    """Applies blocks in order; use_checkpoint recomputes each in the backward pass to save memory."""
-    for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False) if use_checkpoint and x.requires_grad else block(x)
-    return x
+def run_blocks(blocks: nn.ModuleList, x: Tensor, use_checkpoint: bool, num_outputs: int | None = None) -> Tensor:
+    """Applies blocks in order; use_checkpoint recomputes each in the backward pass to save memory.
+
+    num_outputs: the last block answers for the last tokens alone, [B, N, D] -> [B, num_outputs, D].
+    """
+    for i, block in enumerate(blocks, 1):
+        num_queries = num_outputs if i == len(blocks) else None
+        if use_checkpoint and x.requires_grad:
+            x = checkpoint(block, x, num_queries, use_reentrant=False)
+        else:
+            x = block(x, num_queries)
+    return x if num_outputs is None else x[:, -num_outputs:]
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

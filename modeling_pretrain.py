@@ -5,9 +5,9 @@ Shapes: B clips, N tokens of which N_v visible and N_m masked, D encoder width, 
 """
 
 import torch
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from masking_generator import Mask, gather_tokens
 from modeling_finetune import (
@@ -121,8 +121,7 @@ class PretrainVisionTransformerDecoder(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, x: Tensor, return_token_num: int) -> Tensor:
-        x = run_blocks(self.blocks, x, self.use_checkpoint)
-        return self.head(self.norm(x[:, -return_token_num:]))
+        return self.head(self.norm(run_blocks(self.blocks, x, self.use_checkpoint, return_token_num)))
 
 
 class PretrainVisionTransformer(nn.Module):
@@ -222,22 +221,52 @@ def unpatchify(patches: Tensor, grid: tuple[int, int, int], size: tuple[int, int
 
 def normalize_patches(patches: Tensor) -> Tensor:
     """Each colour channel of each token [..., k, C] to mean 0 and (unbiased) deviation 1, as VideoMAE's target."""
-    mean = patches.mean(dim=-2, keepdim=True)
-    return (patches - mean) / (patches.var(dim=-2, unbiased=True, keepdim=True).sqrt() + 1e-6)
+    variance, mean = torch.var_mean(patches, dim=-2, keepdim=True)
+    return (patches - mean) / (variance.sqrt() + 1e-6)
 
 
 @torch.no_grad()
 def reconstruction_target(pixels: Tensor, mask: Mask, grid: tuple[int, int, int], normalize: bool) -> Tensor:
-    """pixels float32 [B, C, T, H, W] in [0, 1] -> what the decoder has to predict, float32 [B, N_m, P]."""
+    """pixels [B, C, T, H, W], float in [0, 1] or uint8 -> what the decoder has to predict, float32 [B, N_m, P].
+
+    uint8 pixels become float once the masked tokens are picked.
+    """
     patches = patchify(pixels, grid)
     patches = gather_tokens(patches.flatten(2), mask.masked).unflatten(-1, patches.shape[2:])
+    if patches.dtype == torch.uint8:
+        patches = patches.float() / 255
     return (normalize_patches(patches) if normalize else patches).flatten(2)
 
 
 def token_error(prediction: Tensor, target: Tensor, loss: str) -> Tensor:
-    """Per-token reconstruction error e_i, float32 [B, N_m]; its mean is L_recon (paper eq. 6). loss: "mse" or "l1"."""
-    function = {"mse": F.mse_loss, "l1": F.l1_loss}[loss]
-    return function(prediction.float(), target, reduction="none").mean(dim=-1)
+    """Per-token reconstruction error e_i, float32 [B, N_m]; its mean is L_recon (paper eq. 6). loss: "mse" or "l1".
+
+    prediction [B, N_m, P], target float32 of the same shape, without a gradient of its own.
+    """
+    return _TokenError.apply(prediction, target, loss)
+
+
+class _TokenError(torch.autograd.Function):
+    """Keeps one tensor in the prediction's dtype for the backward pass: autograd's own would keep two in float32."""
+
+    @staticmethod
+    def forward(ctx, prediction, target, loss):
+        difference = prediction.float() - target
+        ctx.scale = {"mse": 2, "l1": 1}[loss] / difference.shape[-1]
+        if loss == "mse":
+            error = torch.linalg.vector_norm(difference, dim=-1).square() / difference.shape[-1]
+        else:
+            error = difference.abs().mean(dim=-1)
+            difference = difference.sign()
+        ctx.save_for_backward(difference.to(prediction.dtype))
+        return error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (slope,) = ctx.saved_tensors
+        # computed in float32, stored as the prediction is
+        return torch.mul(slope, (grad * ctx.scale).unsqueeze(-1), out=torch.empty_like(slope)), None, None
 
 
 def _pretrain(size: str, decoder_embed_dim: int, decoder_num_heads: int, **kwargs) -> PretrainVisionTransformer:
