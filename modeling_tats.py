@@ -1,6 +1,7 @@
 """TATS, the Trajectory-Aware Adaptive Token Sampler: an actor and a critic on trajectory attention (paper 3.2)."""
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
@@ -26,11 +27,22 @@ class TATSBlock(nn.Module):
         self.norm2 = LAYER_NORM(dim)
         self.mlp = Mlp(dim, 4 * dim)
 
-    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+    def attend(self, x: Tensor, num_frames: int) -> Tensor:
         y = self.norm1(x)
-        y = self.attn(y) if isinstance(self.attn, Attention) else self.attn(y, num_frames)
-        x = x + y
+        return x + (self.attn(y) if isinstance(self.attn, Attention) else self.attn(y, num_frames))
+
+    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+        x = self.attend(x, num_frames)
         return x + self.mlp(self.norm2(x))
+
+    def score(self, x: Tensor, num_frames: int, head: nn.Linear) -> Tensor:
+        """head(forward(x)) for a head of one output, float32 [B, N]: the MLP's second matrix is folded into the head,
+        D*4D products a clip instead of N*4D*D."""
+        x = self.attend(x, num_frames)
+        hidden = self.mlp.act(self.mlp.fc1(self.norm2(x)))
+        folded = head.weight @ self.mlp.fc2.weight  # [1, 4D]
+        bias = F.linear(self.mlp.fc2.bias, head.weight, head.bias)
+        return (F.linear(x, head.weight).float() + F.linear(hidden, folded).float() + bias).squeeze(-1)
 
 
 class TATS(MaskSampler):
@@ -73,9 +85,9 @@ class TATS(MaskSampler):
     def forward(self, video: Tensor, seed: Tensor | None, tokens: Tensor | None = None) -> Mask:
         x = tokens.detach() + self.pos_embed.to(tokens.dtype)
         value = self.critic(x.mean(dim=1)).squeeze(-1).float()
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, self.grid[0])
-        logits = self.actor(x).squeeze(-1).float()
+        logits = self.blocks[-1].score(x, self.grid[0], self.actor)
         log_prob = torch.log_softmax(logits / self.temperature, dim=-1)
         return Mask(*draw(log_prob, self.num_visible, seed), log_prob, value)
 
