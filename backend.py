@@ -13,6 +13,8 @@ BUFFER_SYNC = (
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     else "broadcast_buffers"
 )
+# fullgraph: what cannot be compiled is an error rather than a slower step that nobody notices
+COMPILE = dict(fullgraph=True, dynamic=False)
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 
 
@@ -38,8 +40,12 @@ class Backend:
         amp: str = "none",
         accum_iter: int = 1,
         clip_grad: float | None = None,
+        compile: bool = False,
     ):
         self.raw = module.to(device)
+        self.compile = compile
+        if compile:
+            self.raw.compile(**COMPILE)
         self.optimizer = optimizer
         self.device = device
         self.dtype = AMP_DTYPES[amp]
@@ -66,6 +72,10 @@ class Backend:
             self.module.require_backward_grad_sync = (self.micro_batches + 1) % self.accum_iter == 0
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             yield
+
+    def compiled(self, function):
+        """function, or its compiled form with --compile; compiled once however often this is called."""
+        return torch.compile(function, **COMPILE) if self.compile else function
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss / self.accum_iter).backward()

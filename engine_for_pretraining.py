@@ -41,6 +41,7 @@ def train_one_epoch(
     """backend.raw is the MAE, or AdaMAE (MAE and sampler in one) where the sampler learns; returns epoch means."""
     backend.raw.train()
     runner = EpochRunner(recipe, backend, epoch)
+    error_of = backend.compiled(masked_error)
     for index, step, batch in runner.batches(loader):
         lr = recipe.apply_schedule(backend, step)
         pixels, video, seed = to_device(batch, recipe)
@@ -52,7 +53,7 @@ def train_one_epoch(
                 mask = sampler(video, seed)
                 prediction = backend.module(video, mask)
         del video
-        error = masked_error(prediction, pixels, mask, recipe)
+        error = error_of(prediction, pixels, mask, recipe)
         loss = error.mean()
         values = {"loss": loss, "motion_lift": motion_lift(energy, mask.visible)}
         if mask.log_prob is not None:

@@ -37,6 +37,7 @@ def train_one_epoch(
     runner = EpochRunner(recipe, mae, epoch, tats)
     one_pass = settings.rollout_steps == 1 and settings.epochs == 1
     buffer: list[ppo.Episode] = []
+    error_of = mae.compiled(masked_error)
     for index, step, batch in runner.batches(loader):
         lr = recipe.apply_schedule(mae, step)
         pixels, video, seed = to_device(batch, recipe)
@@ -48,7 +49,7 @@ def train_one_epoch(
         with mae.autocast():
             prediction = mae.module(video, mask)
         del video
-        error = masked_error(prediction, pixels, mask, recipe)
+        error = error_of(prediction, pixels, mask, recipe)
         loss = error.mean()
         mae.backward(loss)
         stepped = mae.step()

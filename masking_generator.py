@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 
 class Mask(NamedTuple):
-    """Index sets of one batch; together they are every token of a clip exactly once, each in ascending order."""
+    """Index sets of one batch, each in ascending order; together every token of a clip exactly once, unless the decoder
+    is spared some."""
 
     visible: Tensor  # int64 [B, N_v]
-    masked: Tensor  # int64 [B, N_m]
+    masked: Tensor  # int64 [B, N_m]; those the decoder predicts, fewer than all hidden ones with a decoder_mask_ratio
     log_prob: Tensor | None = None  # float32 [B, N], log p of the categorical over all tokens; learned samplers only
     value: Tensor | None = None  # float32 [B], the critic's estimate; TATS only
 
@@ -31,7 +32,7 @@ class Mask(NamedTuple):
         return cls(order[:, :num_visible], order[:, num_visible:])
 
     def hidden(self) -> Tensor:
-        """bool [B, N], True = hidden from the encoder."""
+        """bool [B, N], True = hidden from the encoder; not for a mask whose decoder is spared some tokens."""
         num_tokens = self.visible.shape[1] + self.masked.shape[1]
         hidden = torch.ones(self.visible.shape[0], num_tokens, dtype=torch.bool, device=self.visible.device)
         return hidden.scatter(1, self.visible, False)
@@ -89,10 +90,14 @@ class MaskSampler(nn.Module):
     """Draws one Mask a batch. grid = (t, h, w) token frames, rows, columns.
 
     forward(video float [B, 3, T, H, W], seed int64 [B], tokens [B, N, D] or None) -> Mask. All randomness of a clip's
-    mask comes from its seed. Samplers with needs_tokens get the embedded tokens without positions.
+    mask comes from its seed. Samplers with needs_tokens get the embedded tokens without positions. A sampler defines
+    scores, or draw_mask where it has more to say than scores.
+
+    decoder_mask_ratio (attribute): share of the masked tokens that the decoder is spared, see running_cell.
     """
 
     needs_tokens = False
+    decoder_mask_ratio = 0.0
 
     def __init__(self, grid: tuple[int, int, int], mask_ratio: float):
         super().__init__()
@@ -104,12 +109,36 @@ class MaskSampler(nn.Module):
         """N_v, the same for every clip."""
         return count_visible(self.num_tokens, mask_ratio)
 
-    def forward(self, video: Tensor, seed: Tensor, tokens: Tensor | None = None) -> Mask:
+    def forward(self, video: Tensor | None, seed: Tensor | None, tokens: Tensor | None = None) -> Mask:
+        mask = self.draw_mask(video, seed, tokens)
+        if self.decoder_mask_ratio and seed is not None:
+            mask = mask._replace(masked=running_cell(mask.masked, seed, self.grid, self.decoder_mask_ratio))
+        return mask
+
+    def draw_mask(self, video: Tensor | None, seed: Tensor | None, tokens: Tensor | None) -> Mask:
         return Mask(*split_by_score(self.scores(video, seed), self.num_visible))
 
     def scores(self, video: Tensor, seed: Tensor) -> Tensor:
         """float [B, N]; the highest num_visible stay visible."""
-        raise TypeError(f"{type(self).__name__} must define scores or forward")
+        raise TypeError(f"{type(self).__name__} must define scores or draw_mask")
+
+
+def running_cell(masked: Tensor, seed: Tensor, grid: tuple[int, int, int], ratio: float) -> Tensor:
+    """The masked tokens int64 [B, N_m] left to the decoder, int64 [B, N_m - int(ratio * N_m)] ascending: dual masking
+    with a running cell (VideoMAE V2, Wang 2023).
+
+    The four places of every 2 x 2 cell take turns from frame to frame, from a random one on: each frame is covered
+    evenly and over four frames every place has its turn. VideoMAE V2 lets the pattern decide alone, and visible tokens
+    fall out of it; here the number is fixed, and chance decides among places of equal turn.
+    """
+    _, rows, columns = grid
+    num_kept = masked.shape[1] - int(ratio * masked.shape[1])
+    frame, place = masked // (rows * columns), masked % (rows * columns)
+    row, column = place // columns % 2, place % columns % 2
+    noise = uniform_noise(seed ^ 0x5DEECE66D, 1 + masked.shape[1])  # another stream than the mask's
+    turn = (2 * row + (column ^ row) + frame + (4 * noise[:, :1]).long()) % 4  # round the cell: 00, 01, 11, 10
+    order = (turn + noise[:, 1:]).argsort(dim=1)
+    return masked.gather(1, order[:, :num_kept].sort(dim=1).values)
 
 
 class RandomMask(MaskSampler):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from masking_generator import Mask, MaskSampler
 from modeling_finetune import Block
@@ -17,8 +18,16 @@ class AdaMAESampler(MaskSampler):
 
     needs_tokens = True
 
-    def __init__(self, grid: tuple[int, int, int], mask_ratio: float, dim: int, num_heads: int = 8):
+    def __init__(
+        self,
+        grid: tuple[int, int, int],
+        mask_ratio: float,
+        dim: int,
+        num_heads: int = 8,
+        use_checkpoint: bool = False,
+    ):
         super().__init__(grid, mask_ratio)
+        self.use_checkpoint = use_checkpoint
         # Names and initial values are AdaMAE's, so that its checkpoints load.
         self.pos_embed_probs = nn.Parameter(torch.zeros(1, self.num_tokens, dim))
         self.get_token_probs = nn.Sequential(Block(dim, num_heads, drop=0.1), nn.Linear(dim, 1))
@@ -28,8 +37,13 @@ class AdaMAESampler(MaskSampler):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, video: Tensor, seed: Tensor | None, tokens: Tensor | None = None) -> Mask:
-        logits = self.get_token_probs(tokens + self.pos_embed_probs).squeeze(-1).float()
+    def draw_mask(self, video: Tensor, seed: Tensor | None, tokens: Tensor) -> Mask:
+        x = tokens + self.pos_embed_probs
+        if self.use_checkpoint and torch.is_grad_enabled():
+            x = checkpoint(self.get_token_probs, x, use_reentrant=False)
+        else:
+            x = self.get_token_probs(x)
+        logits = x.squeeze(-1).float()
         log_prob = torch.log_softmax(logits, dim=-1)
         return Mask(*draw(log_prob, self.num_visible, seed), log_prob)
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from masking_generator import Mask, MaskSampler, gumbel_noise, split_by_score
 from modeling_finetune import LAYER_NORM, Attention, get_sinusoid_encoding_table
@@ -14,16 +15,20 @@ ATTENTIONS = ("orthoformer", "trajectory", "mha")
 
 class TATSBlock(nn.Module):
     """Pre-norm residual block: attention over the clip, then an MLP of ratio 4. No dropout: a PPO ratio compares the
-    same function of the parameters before and after an update."""
+    same function of the parameters before and after an update.
 
-    def __init__(self, dim: int, num_heads: int, attention: str, num_landmarks: int):
+    use_checkpoint: the backward pass computes trajectory tokens and the MLP again instead of storing them."""
+
+    def __init__(self, dim: int, num_heads: int, attention: str, num_landmarks: int, use_checkpoint: bool = False):
         super().__init__()
+        self.use_checkpoint = use_checkpoint
         self.norm1 = LAYER_NORM(dim)
         if attention == "mha":
             self.attn = Attention(dim, num_heads, qkv_bias=True)
         else:
             approx = "orthoformer" if attention == "orthoformer" else "none"
             self.attn = TrajectoryAttention(dim, num_heads, True, approx, num_landmarks)
+            self.attn.recompute = use_checkpoint
         self.norm2 = LAYER_NORM(dim)
         self.mlp = Mlp(dim, 4 * dim)
 
@@ -32,13 +37,22 @@ class TATSBlock(nn.Module):
         return x + (self.attn(y) if isinstance(self.attn, Attention) else self.attn(y, num_frames))
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
-        x = self.attend(x, num_frames)
-        return x + self.mlp(self.norm2(x))
+        return self._stored_or_not(self._mix, self.attend(x, num_frames))
 
     def score(self, x: Tensor, num_frames: int, head: nn.Linear) -> Tensor:
         """head(forward(x)) for a head of one output, float32 [B, N]: the MLP's second matrix is folded into the head,
         D*4D products a clip instead of N*4D*D."""
-        x = self.attend(x, num_frames)
+        return self._stored_or_not(self._mix_and_score, self.attend(x, num_frames), head)
+
+    def _stored_or_not(self, function, x: Tensor, *arguments) -> Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(function, x, *arguments, use_reentrant=False)
+        return function(x, *arguments)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm2(x))
+
+    def _mix_and_score(self, x: Tensor, head: nn.Linear) -> Tensor:
         hidden = self.mlp.act(self.mlp.fc1(self.norm2(x)))
         folded = head.weight @ self.mlp.fc2.weight  # [1, 4D]
         bias = F.linear(self.mlp.fc2.bias, head.weight, head.bias)
@@ -65,6 +79,7 @@ class TATS(MaskSampler):
         num_blocks: int = 1,
         num_landmarks: int = 128,
         temperature: float = 1.0,
+        use_checkpoint: bool = False,
     ):
         super().__init__(grid, mask_ratio)
         if attention not in ATTENTIONS:
@@ -72,7 +87,9 @@ class TATS(MaskSampler):
         self.temperature = temperature
         table = get_sinusoid_encoding_table(self.num_tokens, dim)
         self.register_buffer("pos_embed", table, persistent=False)
-        self.blocks = nn.ModuleList(TATSBlock(dim, num_heads, attention, num_landmarks) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(
+            TATSBlock(dim, num_heads, attention, num_landmarks, use_checkpoint) for _ in range(num_blocks)
+        )
         self.actor = nn.Linear(dim, 1)
         self.critic = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
         self.apply(_init_weights)
@@ -82,7 +99,7 @@ class TATS(MaskSampler):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
-    def forward(self, video: Tensor, seed: Tensor | None, tokens: Tensor | None = None) -> Mask:
+    def draw_mask(self, video: Tensor | None, seed: Tensor | None, tokens: Tensor) -> Mask:
         x = tokens.detach() + self.pos_embed.to(tokens.dtype)
         value = self.critic(x.mean(dim=1)).squeeze(-1).float()
         for block in self.blocks[:-1]:

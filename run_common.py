@@ -253,7 +253,8 @@ def open_output(args, description: str = "args.json") -> tuple[Path | None, obje
 FREE_ON_RESUME = {
     "resume", "auto_resume", "start_epoch", "output_dir", "log_dir", "num_workers", "pin_mem", "print_freq", "rank",
     "local_rank", "world_size", "distributed", "dist_url", "dist_on_itp", "save_ckpt_freq", "finetune",
-    "use_checkpoint", "eval", "test_num_segment", "test_num_crop", "allow_missing", "test_data_path", "save_ckpt",
+    "use_checkpoint", "checkpoint_modules", "compile",
+    "eval", "test_num_segment", "test_num_crop", "allow_missing", "test_data_path", "save_ckpt",
 }  # fmt: skip
 
 

@@ -57,7 +57,9 @@ SAMPLERS = {
     "random": lambda grid, args, mae: RandomMask(grid, args.mask_ratio),
     "frame": lambda grid, args, mae: FrameMask(grid, args.mask_ratio),
     "motion": lambda grid, args, mae: MotionMask(grid, args.mask_ratio),
-    "adamae": lambda grid, args, mae: AdaMAESampler(grid, args.mask_ratio, mae.encoder.embed_dim),
+    "adamae": lambda grid, args, mae: AdaMAESampler(
+        grid, args.mask_ratio, mae.encoder.embed_dim, use_checkpoint=recomputes(args, "sampler")
+    ),
     "tats": lambda grid, args, mae: TATS(
         grid,
         args.mask_ratio,
@@ -67,8 +69,15 @@ SAMPLERS = {
         args.tats_blocks,
         args.num_landmarks,
         args.softmax_temp,
+        use_checkpoint=recomputes(args, "sampler"),
     ),
 }
+CHECKPOINTED = ("encoder", "decoder", "sampler")
+
+
+def recomputes(args, module: str) -> bool:
+    """Whether the backward pass computes the activations of this part of CHECKPOINTED again."""
+    return args.use_checkpoint or module in args.checkpoint_modules
 
 
 def parse_bool(text: str) -> bool:
@@ -84,12 +93,21 @@ def get_parser() -> argparse.ArgumentParser:
 
     group = add_model_flags(parser)
     group.add_argument("--decoder_depth", default=4, type=int, help="decoder blocks")
+    group.add_argument("--checkpoint_modules", default=[], nargs="+", choices=CHECKPOINTED, metavar="MODULE",
+                       help=f"--use_checkpoint for some of {', '.join(CHECKPOINTED)}")  # fmt: skip
+    group.add_argument("--compile", default=False, action=SWITCH, help="torch.compile: faster steps after minutes")
 
     group = parser.add_argument_group("masks and target")
     group.add_argument("--mask_type", default="tube", choices=list(SAMPLERS),
                        type=lambda name: "adamae" if name == "learnable" else name,
                        help="learnable, AdaMAE's own name, means adamae")  # fmt: skip
     group.add_argument("--mask_ratio", default=0.75, type=float, help="share of the tokens hidden from the encoder")
+    group.add_argument(
+        "--decoder_mask_ratio",
+        default=0.0,
+        type=float,
+        help="share of the masked tokens the decoder is spared: VideoMAE V2's dual masking with a running cell",
+    )
     group.add_argument("--loss", default="mse", choices=["mse", "l1"], help="of prediction and target")
     group.add_argument(
         "--normalize_target", default=True, action=SWITCH, help="each colour of each token to mean 0, deviation 1"
@@ -145,13 +163,18 @@ def check_flags(args) -> None:
     )
     if not 0 < args.mask_ratio < 1:  # also true of nan
         raise UsageError(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1, both excluded")
+    if not 0 <= args.decoder_mask_ratio < 1:
+        raise UsageError(f"--decoder_mask_ratio {args.decoder_mask_ratio}: must be at least 0 and less than 1")
     if args.finetune and args.resume:
         raise UsageError("--finetune starts a run from weights, --resume goes on with one: give one of them")
 
 
 def build_mae(args) -> torch.nn.Module:
     """The autoencoder the flags describe. Raises UsageError."""
-    return create_model(args, "modeling_pretrain", decoder_depth=args.decoder_depth)
+    mae = create_model(args, "modeling_pretrain", decoder_depth=args.decoder_depth)
+    mae.encoder.use_checkpoint = recomputes(args, "encoder")
+    mae.decoder.use_checkpoint = recomputes(args, "decoder")
+    return mae
 
 
 def build_sampler(args, mae: torch.nn.Module) -> MaskSampler:
@@ -181,6 +204,8 @@ class Run:
         self.mae = build_mae(args)
         self.sampler = build_sampler(args, self.mae)
         self.warmup_sampler = RandomMask(self.mae.grid, args.mask_ratio) if args.mask_type == "tats" else None
+        for sampler in filter(None, (self.sampler, self.warmup_sampler)):
+            sampler.decoder_mask_ratio = args.decoder_mask_ratio
         if args.finetune:
             load_weights(self.mae, model_weights(load_checkpoint(args.finetune), args.finetune), args.finetune)
             log(f"autoencoder initialised from {args.finetune}")
@@ -197,7 +222,7 @@ class Run:
     def _backend(self, module: torch.nn.Module, lr: float, eps: float, clip_grad: float | None, amp: str) -> Backend:
         args = self.args
         optimizer = make_optimizer(args, parameter_groups(module.to(self.device), args.weight_decay), lr, eps)
-        return Backend(module, optimizer, self.device, amp, args.accum_iter, clip_grad)
+        return Backend(module, optimizer, self.device, amp, args.accum_iter, clip_grad, args.compile)
 
     def state(self, epoch: int, step: int) -> dict:
         """What checkpoint-N.pth holds; `model` has VideoMAE's names and nothing of the sampler."""

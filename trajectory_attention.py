@@ -39,7 +39,7 @@ def trajectory_tokens(q: Tensor, k: Tensor, v: Tensor, num_frames: int) -> Tenso
     return _tokens(y, len(q))
 
 
-@torch.no_grad()
+@torch.library.custom_op("tats::orthogonal_landmarks", mutates_args=())  # one node for torch.compile, not 127 rounds
 def orthogonal_landmarks(q: Tensor, num_landmarks: int) -> Tensor:
     """Indices int64 [B, h, R] of queries picked greedily, each with the smallest largest |cosine| to those before it.
 
@@ -60,9 +60,14 @@ def orthogonal_landmarks(q: Tensor, num_landmarks: int) -> Tensor:
     return torch.cat(picked, dim=1).unflatten(0, q.shape[:2])
 
 
+@orthogonal_landmarks.register_fake
+def _(q: Tensor, num_landmarks: int) -> Tensor:
+    return q.new_empty(*q.shape[:2], min(num_landmarks, q.shape[2]), dtype=torch.int64)
+
+
 def summarize_frames(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_landmarks: int) -> tuple[Tensor, Tensor]:
     """R landmarks L of the queries, [B*h, R, d], and what they find in a frame, softmax(L k_t') v_t [t, B*h, R, d]."""
-    index = orthogonal_landmarks(q, num_landmarks)
+    index = orthogonal_landmarks(q.detach(), num_landmarks)
     landmarks = q.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, q.shape[-1])).flatten(0, 1)
     every_frame = landmarks.expand(num_frames, -1, -1, -1)
     return landmarks, F.scaled_dot_product_attention(every_frame, _by_frame(k, num_frames), _by_frame(v, num_frames))
