@@ -22,7 +22,9 @@ lint: $(SETUP)
 	$(PYTHON) -m ruff format --check .
 
 bench: $(SETUP)
+	$(PYTHON) bench/attention.py
 	$(PYTHON) bench/step.py
+	$(PYTHON) bench/data.py
 
 clean:
 	rm -rf output .pytest_cache .ruff_cache

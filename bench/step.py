@@ -1,44 +1,101 @@
-"""Time of a whole training step for every mask type, as a ratio to tube masks measured in the same run.
+"""Whole pre-training steps for every mask type: time, operations and memory, as ratios measured in one run.
 
-    python bench/step.py [--rounds 5] [--steps 3] [flags of run_mae_pretraining.py]
+    python bench/step.py [--tiny] [--rows tube tats-orthoformer ...] [--sweep] [flags of run_mae_pretraining.py]
+    python bench/step.py --memory        # the configurations whose memory the paper reports
 
-The engines run on one random batch, so loading is not in it. Rounds visit every mask type in turn, which spreads the
-noise of a shared machine over all of them; the medians over rounds are printed.
+A step is everything but loading: mask, forward, backward, optimizer and PPO, by the engines, on one random batch. The
+default is ViT-B on 16 x 224 x 224 with mask ratio 0.9, batch 32 on a GPU and 1 on a CPU; --tiny is the tests' model.
+
+transformers is the reference: Hugging Face's VideoMAEForPreTraining with the tube row's weights and masks, its batch,
+optimizer and mixed precision; nothing is timed if predictions or loss differ. It computes its own target, logs nothing
+where the engines keep metrics, and is never compiled.
+
+TFLOP: matrix products and fused attention of a step; of peak: that many a second over the rate of one big matrix
+product in the same rounds. memory: a step's peak over weights, optimizer states and batch. --sweep: tables of more
+frames, more pixels and other mask ratios besides. With --compile the first step is timed apart.
 """
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import io
 import statistics
-import sys
-import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from common import (
+    Product,
+    choose_rows,
+    count_flop,
+    fresh_process,
+    header,
+    new_parser,
+    peak_growth,
+    print_table,
+    ratio,
+    seconds_of,
+    start,
+    time_rounds,
+)
+from reference import build_reference, reference_steps
 
 import engine_for_pretraining
 import engine_for_tats
 from engine_for_pretraining import PretrainRecipe
-from run_mae_pretraining import SAMPLERS, Run, get_parser, ppo_settings, resolve_amp
+from run_common import effective_batch, recipe_settings, resolve_amp, run_script
+from run_mae_pretraining import Run, check_flags, get_parser, ppo_settings
+from utils import init_distributed
 
-# (label, flags)
-VARIANTS = [(name, ["--mask_type", name]) for name in SAMPLERS if name != "tats"]
-VARIANTS += [
-    (f"tats {a}", ["--mask_type", "tats", "--tats_attention", a]) for a in ("orthoformer", "trajectory", "mha")
-]
-VARIANTS += [("tats orthoformer, 2 passes", ["--mask_type", "tats", "--ppo_epochs", "2"])]
+TATS = "--mask_type tats --tats_attention"
+ROWS = {  # name: its flags
+    "tube": "--mask_type tube",
+    "random": "--mask_type random",
+    "frame": "--mask_type frame",
+    "motion": "--mask_type motion",
+    "adamae": "--mask_type adamae",
+    "tats-orthoformer": f"{TATS} orthoformer",
+    "tats-trajectory": f"{TATS} trajectory",
+    "tats-mha": f"{TATS} mha",
+    "tats-2-passes": f"{TATS} orthoformer --ppo_epochs 2",
+    "transformers": "--mask_type tube",
+}
+# name: its flags, and the GB of the paper's table 3 (ViT-B, 16 x 224 x 224, mask ratio 0.95, batch 32)
+MEMORY_ROWS = {
+    "tube": (ROWS["tube"], "-"),
+    "adamae": (ROWS["adamae"], "-"),
+    "tats-orthoformer": (ROWS["tats-orthoformer"], "25.36"),
+    "tats-trajectory": (ROWS["tats-trajectory"], "25.36"),  # which of the two the paper measured it does not say
+    "tats-mha": (ROWS["tats-mha"], "25.37"),
+    "decoder-depth-1": (f"{TATS} orthoformer --decoder_depth 1", "16.54"),
+    "decoder-depth-2": (f"{TATS} orthoformer --decoder_depth 2", "19.48"),
+    "decoder-depth-8": (f"{TATS} orthoformer --decoder_depth 8", "37.13"),
+    "tats-blocks-2": (f"{TATS} orthoformer --tats_blocks 2", "32.18"),
+    "tats-blocks-3": (f"{TATS} orthoformer --tats_blocks 3", "39.00"),
+}
+TINY = "--model pretrain_videomae_tiny_patch8_64 --input_size 64 --num_frames 8 --batch_size 16"
+
+
+def parse(flags: argparse.Namespace, rest: list[str], dtype: str, row_flags: str = "") -> argparse.Namespace:
+    """Flags of run_mae_pretraining.py: defaults of this command, the user's, the row's; --dtype decides --amp."""
+    defaults = TINY if flags.tiny else f"--batch_size {32 if flags.device == 'cuda' else 1}"
+    defaults += f" --mask_ratio {0.95 if flags.memory else 0.9}"
+    chosen = f"{row_flags} --device {flags.device} --amp {'none' if dtype == 'fp32' else dtype}"
+    args = get_parser().parse_args([*defaults.split(), *rest, *chosen.split()])
+    args.epochs, args.print_freq = 10**6, 10**9
+    check_flags(args)
+    init_distributed(args)
+    resolve_amp(args)
+    return args
 
 
 class OneBatch:
     """Stands in for a loader: the same batch for ever."""
 
-    def __init__(self, args):
+    def __init__(self, args: argparse.Namespace):
         generator = torch.Generator().manual_seed(0)
         shape = (args.batch_size, args.num_frames, 3, args.input_size, args.input_size)
         video = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        self.batch_size = args.batch_size
+        video = video.pin_memory() if args.device == "cuda" else video
         self.batch = {"video": video, "seed": torch.arange(args.batch_size), "failed": []}
 
     def __iter__(self):
@@ -46,62 +103,156 @@ class OneBatch:
             yield self.batch
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", default=5, type=int)
-    parser.add_argument("--steps", default=3, type=int, help="steps a round")
-    flags, rest = parser.parse_known_args()
-    defaults = (
-        "--model pretrain_videomae_tiny_patch8_64 --input_size 64 --num_frames 8 --mask_ratio 0.9 --batch_size 16"
-    )
-    runs = []
-    for label, variant in VARIANTS:
-        args = get_parser().parse_args([*defaults.split(), *rest, *variant])
-        args.local_rank = 0
-        resolve_amp(args)
-        device = torch.device(args.device)
+class Row:
+    """What trains in one row of a table."""
+
+    def __init__(self, name: str, args: argparse.Namespace, tube: "Row | None" = None, override: list[str] = ()):
+        self.name, self.args, self.override = name, args, override
+        self.label = " ".join([name, *override])
+        self.device = torch.device(args.device)
         torch.manual_seed(0)
-        run = Run(args, device)
-        half = torch.full((3,), 0.5, device=device)
-        recipe = PretrainRecipe(
-            run.mae.grid,
-            half,
-            half,
-            args.loss,
-            args.normalize_target,
-            steps_per_epoch=flags.steps,
-            epochs=10**6,
-            print_freq=10**9,
+        self.run, self.loader = Run(args, self.device), OneBatch(args)
+        if tube is not None and args.mask_type != "adamae" and not args.compile:  # compiled for one number of tokens
+            self.run.mae, self.run.backend = tube.run.mae, tube.run.backend  # the same autoencoder: once in memory
+        self.recipe = PretrainRecipe(
+            grid=self.run.mae.grid,
+            loss=args.loss,
+            normalize_target=args.normalize_target,
+            **recipe_settings(args, self.device, 1),
         )
-        runs.append((label, run, recipe))
-    loader = OneBatch(args)
-    seconds: dict[str, list[float]] = {label: [] for label, _, _ in runs}
-    for round_number in range(flags.rounds + 1):  # the first warms up
-        for label, run, recipe in runs:
-            start = time.perf_counter()
-            with contextlib.redirect_stdout(io.StringIO()):
-                if run.tats_backend is None:
-                    engine_for_pretraining.train_one_epoch(run.backend, run.sampler, loader, recipe, round_number)
-                else:
-                    engine_for_tats.train_one_epoch(
-                        run.backend,
-                        run.tats_backend,
-                        loader,
-                        recipe,
-                        ppo_settings(run.args),
-                        round_number,
-                    )
-            if round_number:  # an epoch ends by reading its means, which waits for the device
-                seconds[label].append((time.perf_counter() - start) / flags.steps)
-    print(
-        f"{args.model}, batch {args.batch_size}, {args.num_frames} x {args.input_size}^2, masked {args.mask_ratio}\n"
-        f"{device}, --amp {args.amp}, {torch.get_num_threads()} thread(s), {flags.rounds} rounds of {flags.steps} steps"
-    )
-    print(f"{'mask type':28s} {'ms a step':>10s} {'clips/s':>9s} {'x tube':>7s}")
-    for label, times in seconds.items():
-        ratio = statistics.median(t / reference for t, reference in zip(times, seconds["tube"], strict=True))
-        median = statistics.median(times)
-        print(f"{label:28s} {median * 1e3:10.1f} {args.batch_size / median:9.1f} {ratio:7.2f}")
+        self.backends = [backend for backend in (self.run.backend, self.run.tats_backend) if backend is not None]
+        if name == "transformers":
+            parts = (self.run.mae, self.run.sampler, self.loader.batch, self.recipe)
+            self.backends = [build_reference(*parts, args)]
+
+    def steps(self, count: int = 1) -> None:
+        """So many optimizer steps; ends by reading the metrics, which waits for the device."""
+        run, recipe = self.run, dataclasses.replace(self.recipe, steps_per_epoch=count)
+        with contextlib.redirect_stdout(io.StringIO()):
+            if self.name == "transformers":
+                reference_steps(*self.backends, run.sampler, self.loader.batch, recipe)
+            elif self.args.mask_type == "tats":
+                engine_for_tats.train_one_epoch(*self.backends, self.loader, recipe, ppo_settings(self.args), 0)
+            else:
+                coef = self.args.adamae_coef
+                engine_for_pretraining.train_one_epoch(*self.backends, run.sampler, self.loader, recipe, 0, coef)
+
+    def memory(self, dtype: str) -> int | None:
+        """Bytes of a step."""
+        if self.device.type == "cuda":
+            return peak_growth(self.steps, self.device)
+        found = fresh_process(self.name, ["--dtype", dtype, *self.override])
+        return found and found[0]
+
+    def state_bytes(self) -> int:
+        """Of weights, buffers and optimizer states."""
+        tensors = [x for backend in self.backends for x in (*backend.raw.parameters(), *backend.raw.buffers())]
+        states = [state for backend in self.backends for state in backend.optimizer.state.values()]
+        tensors += [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
+        return sum(x.nbytes for x in tensors)
+
+
+def describe(args: argparse.Namespace, remark: str) -> str:
+    size = f"{args.num_frames} x {args.input_size} x {args.input_size}"
+    return f"{args.model}, {size}, mask ratio {args.mask_ratio}, batch {effective_batch(args)}, {remark}"
+
+
+def report(rows: list[Row], references: dict[str, dict[str, str]], flags, rounds: int, dtype: str) -> None:
+    """One table. references: column -> label of a row -> label of the row that its time is divided by."""
+    device, compiled = rows[0].device, rows[0].args.compile
+    first = {row.label: seconds_of(row.steps, device) for row in rows} if compiled else {}
+    flop = {row.label: count_flop(row.steps) for row in rows}
+    product = Product(device, dtype)
+    calls = {row.label: functools.partial(row.steps, flags.steps) for row in rows}
+    seconds = time_rounds(calls | {"product": product}, rounds, device)
+    print(header(device, dtype, product.peak(seconds["product"])))
+    print(describe(parse(flags, flags.rest, dtype), f"{rounds} rounds, steps a round: {flags.steps}"))
+    columns = ["masks", "ms a step", "clips/s", *references, "TFLOP", "TFLOP/s", "of peak"]
+    columns += ["memory MB"] * (not flags.skip_memory) + ["first step s"] * compiled
+    table = []
+    for row in rows:
+        times, done = seconds[row.label], flop[row.label]
+        step = statistics.median(times) / flags.steps
+        line = [row.label, f"{step * 1e3:.1f}", f"{effective_batch(row.args) / step:.4g}"]
+        line += [ratio(times, seconds.get(reference_of[row.label])) for reference_of in references.values()]
+        line += [f"{done / 1e12:.3g}", f"{done / step / 1e12:.3g}"]
+        line.append(product.share(done * flags.steps, times, seconds["product"]))
+        if not flags.skip_memory:
+            grown = row.memory(dtype)
+            line.append("-" if grown is None else f"{grown / 1e6:.0f}")
+        table.append(line + ([f"{first[row.label]:.1f}"] if compiled else []))
+    print_table(columns, table)
+
+
+def compare_masks(flags: argparse.Namespace, dtype: str) -> None:
+    rows: list[Row] = []
+    for name in choose_rows(flags, list(ROWS), always=("tube",)):
+        rows.append(Row(name, parse(flags, flags.rest, dtype, ROWS[name]), rows[0] if rows else None))
+    references = {f"x {name}": {row.label: name for row in rows} for name in ("tube", "transformers")}
+    report(rows, references, flags, flags.rounds, dtype)
+
+
+def sweep(flags: argparse.Namespace, dtype: str) -> None:
+    frames, sizes = ((4, 8, 16), (32, 64)) if flags.tiny else ((8, 16, 32), (112, 224))
+    for flag, values in {"num_frames": frames, "input_size": sizes, "mask_ratio": (0.75, 0.9, 0.95)}.items():
+        rows, references = [], {"x tube": {}, "x first": {}}
+        for value in values:
+            override = ["--" + flag, str(value)]
+            for name in ("tube", "tats-orthoformer"):
+                args = parse(flags, [*flags.rest, *override], dtype, ROWS[name])
+                rows.append(Row(name, args, None if name == "tube" else rows[-1], override))
+                references["x tube"][rows[-1].label] = " ".join(["tube", *override])
+                references["x first"][rows[-1].label] = f"{name} --{flag} {values[0]}"
+        report(rows, references, flags, max(flags.rounds // 2, 1), dtype)
+
+
+def paper_memory(flags: argparse.Namespace, dtype: str, device: torch.device) -> None:
+    args = parse(flags, flags.rest, dtype)
+    print(header(device, dtype))
+    print(describe(args, "GB = 10^9 bytes" + ("" if effective_batch(args) == 32 else "; the paper's batch is 32")))
+    table = []
+    for name in choose_rows(flags, list(MEMORY_ROWS)):
+        row_flags, paper = MEMORY_ROWS[name]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            found = own_memory(Row(name, parse(flags, flags.rest, dtype, row_flags)))
+        else:
+            found = fresh_process(name, ["--dtype", dtype])
+        numbers = [f"{x / 1e9:.2f}" for x in (*found, sum(found))] if found else ["-"] * 3
+        table.append([name, *numbers, paper])
+    print_table(["masks", "step GB", "weights, optimizer GB", "together GB", "paper reports (GB)"], table)
+
+
+def own_memory(row: Row) -> tuple[int, int]:
+    """Bytes of a step; of weights and optimizer states."""
+    row.steps()  # makes the optimizer's states
+    return peak_growth(row.steps, row.device), row.state_bytes()
+
+
+def bench(flags: argparse.Namespace) -> None:
+    device = start(flags)
+    flags.steps = flags.steps or (10 if device.type == "cuda" else 1)
+    if flags.memory_of:
+        row_flags = ROWS.get(flags.memory_of) or MEMORY_ROWS[flags.memory_of][0]
+        print(*own_memory(Row(flags.memory_of, parse(flags, flags.rest, flags.dtype[0], row_flags))))
+        return
+    for dtype in flags.dtype:
+        if flags.memory:
+            paper_memory(flags, dtype, device)
+            continue
+        compare_masks(flags, dtype)
+        if flags.sweep:
+            sweep(flags, dtype)
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("--steps", default=0, type=int, help="a round (1; on a GPU 10)")
+    parser.add_argument("--tiny", action="store_true", help="64 pixels, 8 frames, width 96, batch 16")
+    parser.add_argument("--memory", action="store_true", help="the paper's memory table instead (mask ratio 0.95)")
+    flags, rest = parser.parse_known_args()
+    flags.rest = rest
+    run_script(bench, flags)
 
 
 if __name__ == "__main__":
