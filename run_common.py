@@ -103,6 +103,7 @@ def add_data_flags(parser: argparse.ArgumentParser, data_path_help: str) -> argp
         choices=["auto", *DECODERS],
         help="auto: the faster one that is installed, then the other",
     )
+    group.add_argument("--max_short_side", default=0, type=int, help="larger frames are decoded down to it; 0: native")
     group.add_argument("--num_workers", default=10, type=int, help="loader processes")
     group.add_argument("--pin_mem", default=True, action=SWITCH, help="page-locked batches for faster copies to a GPU")
     group.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)
@@ -127,7 +128,7 @@ def check_ranges(args, at_least_1: str = "", positive: str = "", not_negative: s
         if not getattr(args, name) > 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must be greater than 0")
     for name in ("min_lr warmup_lr warmup_epochs weight_decay num_workers color_jitter seed start_epoch opt_eps "
-                 + not_negative).split():  # fmt: skip
+                 "max_short_side " + not_negative).split():  # fmt: skip
         if not getattr(args, name) >= 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
     for name in ("patch_size", "clip_grad"):

@@ -67,14 +67,20 @@ def build_pretraining_loader(args, rank=0, world_size=1):
     """The loader of one process. Call loader.sampler.set_epoch(epoch) before each epoch.
 
     Reads of args: data_path, num_frames, sampling_rate, input_size, crop, train_interpolation, color_jitter,
-    num_sample, decoder, batch_size (clips a process), num_workers, pin_mem, device, seed.
+    num_sample, decoder, max_short_side (0: native), batch_size (clips a process), num_workers, pin_mem, device, seed.
     Batches: see datasets.video.collate; batch_size clips from batch_size // num_sample videos; a short last batch is
     dropped.
     Raises: ListError for the list, ValueError for a batch size that does not fit.
     """
     transform = PretrainTransform(args.input_size, args.crop, args.train_interpolation, args.color_jitter)
     dataset = TrainVideoDataset(
-        args.data_path, args.num_frames, args.sampling_rate, transform, args.num_sample, args.decoder
+        args.data_path,
+        args.num_frames,
+        args.sampling_rate,
+        transform,
+        args.num_sample,
+        args.decoder,
+        max_short_side=args.max_short_side or None,
     )
     return _training_loader(dataset, args, rank, world_size)
 
@@ -105,6 +111,7 @@ def build_finetuning_loader(args, rank=0, world_size=1, drop_last=True):
         num_segments=args.num_segments,
         num_classes=args.nb_classes,
         first_transform=transform(0.0) if args.resplit else None,
+        max_short_side=args.max_short_side or None,
     )
     return _training_loader(dataset, args, rank, world_size, drop_last)
 
