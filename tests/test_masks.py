@@ -1,4 +1,5 @@
 import itertools
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -17,6 +18,7 @@ from masking_generator import (
     gumbel_noise,
     motion_energy,
     motion_lift,
+    running_cell,
     split_by_score,
     uniform_noise,
 )
@@ -278,3 +280,58 @@ def test_ratios_that_leave_nothing_to_see_or_to_predict_are_refused(sampler_clas
 def test_ratios_too_extreme_for_a_small_clip_are_refused(sampler_class, mask_ratio):
     with pytest.raises(ValueError, match="--mask_ratio"):
         sampler_class((2, 2, 2), mask_ratio)
+
+
+def random_subsets(batch, num_tokens, size):
+    order = torch.rand(batch, num_tokens, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    return order[:, :size].sort(dim=1).values
+
+
+@pytest.mark.parametrize("grid", [(4, 4, 4), (3, 5, 3), (6, 1, 4)])
+@pytest.mark.parametrize("share, ratio", [(1.0, 0.5), (0.75, 0.5), (0.75, 0.3), (0.9, 0.9), (0.5, 0.01), (0.9, 0.999)])
+def test_running_cell_equals_a_naive_loop(grid, share, ratio):
+    seeds = torch.tensor([0, 5, -7, 2**62, 5])
+    masked = random_subsets(5, math.prod(grid), int(share * math.prod(grid)))
+    noise = uniform_noise(seeds ^ 0x5DEECE66D, 1 + masked.shape[1]).tolist()
+    expected = [
+        reference.running_cell(row, grid, ratio, int(4 * start), chances)
+        for row, (start, *chances) in zip(masked.tolist(), noise, strict=True)
+    ]
+    kept = running_cell(masked, seeds, grid, ratio)
+    assert kept.tolist() == expected and kept.dtype == torch.int64
+    assert kept.shape[1] == masked.shape[1] - int(ratio * masked.shape[1])
+
+
+@pytest.mark.parametrize("ratio, places", [(0.25, 3), (0.5, 2), (0.75, 1)])
+def test_running_cell_covers_every_cell_of_every_frame_and_every_place_evenly(ratio, places):
+    grid = (8, 4, 6)
+    kept = running_cell(torch.arange(192).expand(20, -1), torch.arange(20), grid, ratio)
+    shown = torch.zeros(20, 192).scatter(1, kept, 1.0)
+    shown = shown.unflatten(1, (8, 2, 2, 3, 2))  # frame, row of cells, row in it, column of cells, column in it
+    assert (shown.sum(dim=(3, 5)) == places).all()
+    assert (shown.unflatten(1, (2, 4)).sum(dim=2) == places).all()
+    assert (shown == shown[:, :, :1, :, :1]).all()  # the cells of a frame agree
+
+
+def test_running_cell_starts_at_every_place_equally_often_whatever_the_mask():
+    """The place shown first, and whether the mask's own noise at that place is high."""
+    seeds = torch.arange(4000)
+    first = running_cell(torch.arange(4).expand(4000, -1), seeds, (1, 2, 2), 0.75)[:, 0]
+    assert scipy.stats.chisquare(count_frequencies(first, 4)).pvalue > 1e-3
+    for size in (4, 5, 64):
+        high = uniform_noise(seeds, size)[:, 0] > 0.5
+        table = [count_frequencies(first[high], 4).tolist(), count_frequencies(first[~high], 4).tolist()]
+        assert scipy.stats.chi2_contingency(table).pvalue > 1e-3
+
+
+@all_samplers
+def test_what_the_decoder_is_spared_depends_on_clip_and_seed_alone_and_moves_no_mask(sampler_class):
+    video, seeds = make_video(6), torch.tensor([5, 7, 2**62, -3, 0, 5])
+    full = sample(sampler_class, seeds, video=video)
+    sampler = sampler_class(GRID, 0.75)
+    sampler.decoder_mask_ratio = 0.5
+    mask = sampler(video, seeds)
+    assert torch.equal(mask.visible, full.visible) and mask.masked.shape == (6, 30)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    assert torch.equal(sampler(video[order], seeds[order]).masked, mask.masked[order])
+    assert torch.equal(sampler(video[1:3], seeds[1:3]).masked, mask.masked[1:3])
