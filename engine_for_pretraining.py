@@ -54,6 +54,7 @@ def train_one_epoch(
                 prediction = backend.module(video, mask)
         del video
         error = error_of(prediction, pixels, mask, recipe)
+        del prediction
         loss = error.mean()
         values = {"loss": loss, "motion_lift": motion_lift(energy, mask.visible)}
         if mask.log_prob is not None:

@@ -44,12 +44,15 @@ def train_one_epoch(
         energy = motion_energy(video, recipe.grid)
         with torch.no_grad(), mae.autocast():
             tokens = mae.raw.encoder.patch_embed(video)
+        if tats.dtype is None:
+            tokens = tokens.float()  # TATS in full precision beside an autoencoder that is not
         with torch.set_grad_enabled(one_pass), tats.autocast():
             mask = (tats.module if one_pass else tats.raw)(video, seed, tokens)
         with mae.autocast():
             prediction = mae.module(video, mask)
         del video
         error = error_of(prediction, pixels, mask, recipe)
+        del prediction
         loss = error.mean()
         mae.backward(loss)
         stepped = mae.step()

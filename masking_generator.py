@@ -2,7 +2,7 @@
 
 Shapes: B clips, t token frames, S = h*w tokens a frame, N = t*S tokens in (time, row, column) order, N_v visible,
 N_m masked.
-"masked" means hidden from the encoder, everywhere.
+"masked" means hidden from the encoder, everywhere; with a decoder_mask_ratio, hidden and left to the decoder.
 """
 
 from typing import NamedTuple
@@ -112,7 +112,8 @@ class MaskSampler(nn.Module):
     def forward(self, video: Tensor | None, seed: Tensor | None, tokens: Tensor | None = None) -> Mask:
         mask = self.draw_mask(video, seed, tokens)
         if self.decoder_mask_ratio and seed is not None:
-            mask = mask._replace(masked=running_cell(mask.masked, seed, self.grid, self.decoder_mask_ratio))
+            kept = running_cell(mask.masked, seed, self.grid, self.decoder_mask_ratio)
+            mask = Mask(mask.visible, kept, mask.log_prob, mask.value)
         return mask
 
     def draw_mask(self, video: Tensor | None, seed: Tensor | None, tokens: Tensor | None) -> Mask:

@@ -222,7 +222,7 @@ def unpatchify(patches: Tensor, grid: tuple[int, int, int], size: tuple[int, int
 def normalize_patches(patches: Tensor) -> Tensor:
     """Each colour channel of each token [..., k, C] to mean 0 and (unbiased) deviation 1, as VideoMAE's target."""
     variance, mean = torch.var_mean(patches, dim=-2, keepdim=True)
-    return (patches - mean) / (variance.sqrt() + 1e-6)
+    return (patches - mean).div_(variance.sqrt() + 1e-6)
 
 
 @torch.no_grad()
@@ -234,7 +234,7 @@ def reconstruction_target(pixels: Tensor, mask: Mask, grid: tuple[int, int, int]
     patches = patchify(pixels, grid)
     patches = gather_tokens(patches.flatten(2), mask.masked).unflatten(-1, patches.shape[2:])
     if patches.dtype == torch.uint8:
-        patches = patches.float() / 255
+        patches = patches.float().div_(255)
     return (normalize_patches(patches) if normalize else patches).flatten(2)
 
 
@@ -251,7 +251,7 @@ class _TokenError(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, prediction, target, loss):
-        difference = prediction.float() - target
+        difference = torch.sub(prediction, target).float()  # from bf16 without a copy in float32
         ctx.scale = {"mse": 2, "l1": 1}[loss] / difference.shape[-1]
         if loss == "mse":
             error = torch.linalg.vector_norm(difference, dim=-1).square() / difference.shape[-1]

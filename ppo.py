@@ -1,7 +1,7 @@
 """PPO for a token sampler, as pure functions on tensors (paper eq. 7-8; Schulman 2017, arXiv 1707.06347).
 
-An episode is one clip: the action is the set of masked tokens I_m, the reward of masked token i its reconstruction
-error R_i, the baseline one value V a clip. All tensors float32.
+An episode is one clip: the action is the set of masked tokens I_m (those the decoder predicts), the reward of masked
+token i its reconstruction error R_i, the baseline one value V a clip. All tensors float32.
 
 Shapes: B clips, N tokens, N_m masked. log_prob [B, N] of the current policy; old_log_prob, reward [B, N_m]; value [B].
 """

@@ -254,7 +254,7 @@ def open_output(args, description: str = "args.json") -> tuple[Path | None, obje
 FREE_ON_RESUME = {
     "resume", "auto_resume", "start_epoch", "output_dir", "log_dir", "num_workers", "pin_mem", "print_freq", "rank",
     "local_rank", "world_size", "distributed", "dist_url", "dist_on_itp", "save_ckpt_freq", "finetune",
-    "use_checkpoint", "checkpoint_modules", "compile",
+    "use_checkpoint", "checkpoint_modules",
     "eval", "test_num_segment", "test_num_crop", "allow_missing", "test_data_path", "save_ckpt",
 }  # fmt: skip
 
@@ -306,6 +306,10 @@ def run_script(train: Callable, args) -> None:
     """train(args), with what the user can put right as one line and a non-zero status."""
     try:
         train(args)
+    except torch._dynamo.exc.TorchDynamoException as error:  # no compiler on this machine, say
+        if not getattr(args, "compile", False):
+            raise
+        sys.exit(f"error: --compile failed: {str(error).strip().splitlines()[0]}; leave it out to train uncompiled")
     except (UsageError, ListError, VideoError, CheckpointError) as error:
         # an error from a loader process comes with that process's traceback around it
         sys.exit(f"error: {str(error).rsplit('VideoError: ', 1)[-1].strip()}")

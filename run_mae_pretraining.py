@@ -165,6 +165,8 @@ def check_flags(args) -> None:
         raise UsageError(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1, both excluded")
     if not 0 <= args.decoder_mask_ratio < 1:
         raise UsageError(f"--decoder_mask_ratio {args.decoder_mask_ratio}: must be at least 0 and less than 1")
+    if "sampler" in args.checkpoint_modules and args.mask_type not in ("adamae", "tats"):
+        raise UsageError(f"--checkpoint_modules sampler: --mask_type {args.mask_type} has nothing to recompute")
     if args.finetune and args.resume:
         raise UsageError("--finetune starts a run from weights, --resume goes on with one: give one of them")
 

@@ -46,18 +46,19 @@ def orthogonal_landmarks(q: Tensor, num_landmarks: int) -> Tensor:
     The first is query 0 rather than a random one, so that a policy evaluated twice on the same tokens is the same
     policy (a PPO ratio compares like with like).
     """
-    unit = F.normalize(_full(q), dim=-1).flatten(0, 1)
-    across = unit.transpose(1, 2).contiguous()  # [B*h, d, N]: a row times this is 3 times faster than it times a column
-    index = torch.zeros(len(unit), 1, dtype=torch.int64, device=q.device)
-    picked = [index]
-    similarity = unit.new_zeros(unit.shape[:2])  # largest |cosine| to the picked ones so far
-    for _ in range(min(num_landmarks, q.shape[2]) - 1):
-        latest = unit.gather(1, index.unsqueeze(-1).expand(-1, -1, q.shape[-1]))  # [B*h, 1, d]
-        similarity = torch.maximum(similarity, torch.bmm(latest, across).squeeze(1).abs())
-        similarity.scatter_(1, index, torch.inf)  # equal queries are not picked twice
-        index = similarity.argmin(dim=1, keepdim=True)
-        picked.append(index)
-    return torch.cat(picked, dim=1).unflatten(0, q.shape[:2])
+    with torch.autocast(q.device.type, enabled=False):  # compiled code runs this without, eager code has to match
+        unit = F.normalize(_full(q), dim=-1).flatten(0, 1)
+        across = unit.transpose(1, 2).contiguous()  # [B*h, d, N]: 3 times faster than a product with a column
+        index = torch.zeros(len(unit), 1, dtype=torch.int64, device=q.device)
+        picked = [index]
+        similarity = unit.new_zeros(unit.shape[:2])  # largest |cosine| to the picked ones so far
+        for _ in range(min(num_landmarks, q.shape[2]) - 1):
+            latest = unit.gather(1, index.unsqueeze(-1).expand(-1, -1, q.shape[-1]))  # [B*h, 1, d]
+            similarity = torch.maximum(similarity, torch.bmm(latest, across).squeeze(1).abs())
+            similarity.scatter_(1, index, torch.inf)  # equal queries are not picked twice
+            index = similarity.argmin(dim=1, keepdim=True)
+            picked.append(index)
+        return torch.cat(picked, dim=1).unflatten(0, q.shape[:2])
 
 
 @orthogonal_landmarks.register_fake
@@ -66,19 +67,21 @@ def _(q: Tensor, num_landmarks: int) -> Tensor:
 
 
 def summarize_frames(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_landmarks: int) -> tuple[Tensor, Tensor]:
-    """R landmarks L of the queries, [B*h, R, d], and what they find in a frame, softmax(L k_t') v_t [t, B*h, R, d]."""
+    """R landmarks L of the queries, [B*h, R, d], and what they find in a frame, softmax(L k_t') v_t [B*h, R, t, d]."""
     index = orthogonal_landmarks(q.detach(), num_landmarks)
     landmarks = q.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, q.shape[-1])).flatten(0, 1)
     every_frame = landmarks.expand(num_frames, -1, -1, -1)
-    return landmarks, F.scaled_dot_product_attention(every_frame, _by_frame(k, num_frames), _by_frame(v, num_frames))
+    found = F.scaled_dot_product_attention(every_frame, _by_frame(k, num_frames), _by_frame(v, num_frames))
+    return landmarks, found.permute(1, 2, 0, 3).contiguous()
 
 
 def tokens_by_landmarks(q: Tensor, landmarks: Tensor, summary: Tensor) -> Tensor:
     """softmax(q L') summary of summarize_frames: q [B, h, n, d] -> y~ [B, n, t, D]."""
-    num_frames, dim = len(summary), q.shape[-1]
+    num_frames, dim = summary.shape[2:]
     weights = _full(q.flatten(0, 1) @ landmarks.transpose(1, 2)).mul(dim**-0.5).softmax(dim=-1)  # [B*h, n, R]
-    y = weights.to(q.dtype) @ summary.permute(1, 2, 0, 3).flatten(2)  # [B*h, n, t*d]
-    return _tokens(y.unflatten(2, (num_frames, dim)).permute(2, 0, 1, 3), len(q))
+    y = weights.to(q.dtype) @ summary.flatten(2)  # [B*h, n, t*d]
+    y = y.unflatten(2, (num_frames, dim)).permute(2, 1, 0, 3).contiguous()  # [t, n, B*h, d], as fused attention has it
+    return _tokens(y.transpose(1, 2), len(q))
 
 
 def orthoformer_tokens(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_landmarks: int) -> Tensor:
@@ -188,6 +191,8 @@ class TrajectoryAttention(nn.Module):
         if num_tokens % num_frames:
             raise ValueError(f"{num_tokens} tokens are no multiple of {num_frames} frames")
         x = x.transpose(0, 1).flatten(0, 1)  # [N*B, D]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # here, lest each of the three products keep its own copy
         biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
         q, k, v = (
             F.linear(x, weight, bias).view(1, num_tokens, batch * self.num_heads, -1).transpose(1, 2)
@@ -201,9 +206,9 @@ class TrajectoryAttention(nn.Module):
         # tokens and of the queries' copies for each frame exist for these alone.
         frame = num_tokens // num_frames
         frames_a_call = -(-256 // frame)
-        out = []
+        out, weights = [], self._time_weights(q.dtype)
         for i, q_part in enumerate(q.split(frames_a_call * frame, dim=2)):
-            arguments = (q_part, *context, i * frames_a_call, frame, batch)
+            arguments = (q_part, *context, *weights, i * frames_a_call, frame, batch)
             if self.recompute and torch.is_grad_enabled():
                 out.append(checkpoint(self._attend, *arguments, use_reentrant=False))
             else:
@@ -213,7 +218,7 @@ class TrajectoryAttention(nn.Module):
             out = out + self.proj_kv.bias[width:].to(out.dtype)
         return self.proj(out).view(num_tokens, batch, width).transpose(0, 1)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, first_frame: int, frame: int, batch: int) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, w_q, b_q, w_kv, first_frame: int, frame: int, batch: int):
         """Both equations for the queries [1, B*h, n, d] of whole frames of S tokens -> [n*B, D], without W_v2's bias.
 
         k and v are those of trajectory_tokens or the landmarks and summary of tokens_by_landmarks.
@@ -223,10 +228,13 @@ class TrajectoryAttention(nn.Module):
         else:
             y = tokens_by_landmarks(q, k, v)
         y = y.squeeze(0).unflatten(-1, (batch, -1)).transpose(0, 1).flatten(1, 2)  # [t, n*B, D]
-        w_q, w_kv = self.proj_q.weight.to(y.dtype), self.proj_kv.weight.to(y.dtype)
+        return TimeAttention.apply(y, first_frame, q.shape[2] // frame, w_q, b_q, w_kv)
+
+    def _time_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+        """TimeAttention's w_q, b_q and w_kv."""
+        w_q, w_kv = self.proj_q.weight.to(dtype), self.proj_kv.weight.to(dtype)
         w_kv = w_kv.unflatten(0, (2 * self.num_heads, -1))
         if not self.project_value:  # W_v2 = identity
-            identity = torch.eye(w_q.shape[0], dtype=y.dtype, device=y.device).unflatten(0, (self.num_heads, -1))
+            identity = torch.eye(len(w_q), dtype=dtype, device=w_q.device).unflatten(0, (self.num_heads, -1))
             w_kv = torch.cat((w_kv[: self.num_heads], identity))
-        b_q = None if self.proj_q.bias is None else self.proj_q.bias.to(y.dtype)
-        return TimeAttention.apply(y, first_frame, q.shape[2] // frame, w_q, b_q, w_kv)
+        return w_q, None if self.proj_q.bias is None else self.proj_q.bias.to(dtype), w_kv

@@ -4,15 +4,16 @@
 
     plain            fused self-attention over all tokens, as in the autoencoder's blocks
     exact            trajectory attention
-    exact-recompute  the same with recomputation in the backward pass (where the layer has it)
+    exact-recompute  the same with recomputation in the backward pass
     orthoformer      trajectory attention through --landmarks landmarks
     naive            exact as the paper's equations are written: all N x N weights stored, all N x t trajectory tokens
                      projected. It has exact's weights; if the two disagree nothing is timed.
 
 Forward is that of training (it keeps what the backward pass needs); both is forward and backward, with gradients of the
 input and all weights. memory: the peak of both over input and weights. GFLOP, of both: matrix products and fused
-attention; of peak: that many a second over the rate of one big matrix product in the same rounds. --sweep: a second
-table, of more frames and of more tokens a frame. Left out, "-": naive where its N x N weights exceed --naive_limit.
+attention, without the search for landmarks; of peak: that many a second over the rate of one big matrix product in the
+same rounds. --sweep: a second table, of more frames and of more tokens a frame. Left out, "-": naive where its N x N
+weights exceed --naive_limit.
 """
 
 import argparse
@@ -67,9 +68,8 @@ def build_layers(flags: argparse.Namespace) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     make = functools.partial(TrajectoryAttention, flags.dim, flags.heads, qkv_bias=True, num_landmarks=flags.landmarks)
     layers = {"plain": Attention(flags.dim, flags.heads, qkv_bias=True), "exact": make(approx="none")}
-    if hasattr(layers["exact"], "recompute"):
-        layers["exact-recompute"] = make(approx="none")
-        layers["exact-recompute"].recompute = True
+    layers["exact-recompute"] = make(approx="none")
+    layers["exact-recompute"].recompute = True
     return layers | {"orthoformer": make(approx="orthoformer"), "naive": Naive(layers["exact"])}
 
 
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--tokens", default=196, type=int, help="a frame (196)")
     parser.add_argument("--dim", default=768, type=int, help="width (768)")
     parser.add_argument("--heads", default=12, type=int)
-    parser.add_argument("--batch", default=1, type=int)
+    parser.add_argument("--batch", default=32 if torch.cuda.is_available() else 1, type=int, help="1; on a GPU 32")
     parser.add_argument("--landmarks", default=128, type=int, help="of orthoformer (128)")
     parser.add_argument("--naive_limit", default=1.5, type=float, help="GB of N x N weights in fp32 (1.5)")
     flags = parser.parse_args()

@@ -1,6 +1,7 @@
 """The engines against Algorithm 1 written out naively: plain optimizers, everything recomputed, nothing shared."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -134,6 +135,17 @@ def test_tats_engine_is_algorithm_1(rollout, passes, accum_iter):
     assert not torch.allclose(start, tats2.actor.weight, atol=1e-3)
     assert_same_weights(mae, mae2)
     assert_same_weights(tats, tats2)
+
+
+@pytest.mark.parametrize("settings", [PPOSettings(epochs=2), PPOSettings(rollout_steps=2)])
+def test_several_passes_in_full_precision_beside_an_autoencoder_in_bf16(settings):
+    mae, tats = models(TATS)
+    before = copy.deepcopy(tats.state_dict())
+    optimizer = torch.optim.SGD(mae.parameters(), lr=LR)
+    half = Backend(mae, optimizer, torch.device("cpu"), amp="bf16")
+    stats = engine_for_tats.train_one_epoch(half, backend(tats, TATS_LR), Batches(), recipe_for(mae), settings, 0)
+    assert math.isfinite(stats["loss"]) and stats["approx_kl"] >= 0
+    assert any(not torch.equal(value, before[name]) for name, value in tats.state_dict().items())
 
 
 def test_an_incomplete_rollout_is_used_at_the_end_of_the_epoch():

@@ -89,6 +89,13 @@ def test_landmarks_do_not_depend_on_the_lengths_of_the_queries():
     assert torch.equal(orthogonal_landmarks(q * scale, 6), orthogonal_landmarks(q, 6))
 
 
+def test_landmarks_are_the_same_under_autocast():
+    q = torch.randn(2, 2, 300, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        index = orthogonal_landmarks(q, 40)
+    assert torch.equal(index, orthogonal_landmarks(q, 40))
+
+
 def test_more_landmarks_than_queries_takes_every_query_once():
     q = torch.randn(1, 1, 7, 4, generator=torch.Generator().manual_seed(0))
     assert orthogonal_landmarks(q, 100)[0, 0].sort().values.tolist() == list(range(7))
