@@ -306,13 +306,14 @@ def run_script(train: Callable, args) -> None:
     """train(args), with what the user can put right as one line and a non-zero status."""
     try:
         train(args)
-    except torch._dynamo.exc.TorchDynamoException as error:  # no compiler on this machine, say
-        if not getattr(args, "compile", False):
-            raise
-        sys.exit(f"error: --compile failed: {str(error).strip().splitlines()[0]}; leave it out to train uncompiled")
     except (UsageError, ListError, VideoError, CheckpointError) as error:
         # an error from a loader process comes with that process's traceback around it
         sys.exit(f"error: {str(error).rsplit('VideoError: ', 1)[-1].strip()}")
+    except RuntimeError as error:
+        if not (getattr(args, "compile", False) and isinstance(error, torch._dynamo.exc.TorchDynamoException)):
+            raise
+        reason = str(error).strip().splitlines()[0]  # no compiler on this machine, say
+        sys.exit(f"error: --compile failed: {reason}; leave it out to train uncompiled")
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

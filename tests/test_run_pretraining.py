@@ -1,5 +1,6 @@
 """Whole runs by subprocess, as a user starts them: every mask type, resume after kill -9, two processes, bad input."""
 
+import argparse
 import ast
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from datasets.moving_shapes import write_dataset
+from run_common import run_script
 from run_mae_pretraining import SAMPLERS, get_parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -343,3 +345,15 @@ def test_a_narrow_terminal_shows_what_matters(shapes, monkeypatch, capsys):
     assert lines and all(len(line) < 110 for line in lines)
     for part in ("loss", "lr", "data", "step", "clips/s", "left"):
         assert part in lines[-1]
+
+
+def test_a_compiler_that_fails_is_one_line_and_other_errors_stay_as_they_are():
+    def train(args):
+        raise args.error
+
+    failure = torch._dynamo.exc.TorchDynamoException("no working compiler\n\ndetails")
+    with pytest.raises(SystemExit, match="--compile failed: no working compiler; leave it out"):
+        run_script(train, argparse.Namespace(compile=True, error=failure))
+    for arguments in (dict(compile=False, error=failure), dict(compile=True, error=RuntimeError("other"))):
+        with pytest.raises(RuntimeError):
+            run_script(train, argparse.Namespace(**arguments))
