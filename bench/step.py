@@ -166,7 +166,8 @@ def report(rows: list[Row], references: dict[str, dict[str, str]], flags, rounds
     calls = {row.label: functools.partial(row.steps, flags.steps) for row in rows}
     seconds = time_rounds(calls | {"product": product}, rounds, device)
     print(header(device, dtype, product.peak(seconds["product"])))
-    print(describe(parse(flags, flags.rest, dtype), f"{rounds} rounds, steps a round: {flags.steps}"))
+    unless = "unless the row says otherwise: " if any(row.override for row in rows) else ""
+    print(unless + describe(parse(flags, flags.rest, dtype), f"{rounds} rounds, steps a round: {flags.steps}"))
     columns = ["masks", "ms a step", "clips/s", *references, "TFLOP", "TFLOP/s", "of peak"]
     columns += ["memory MB"] * (not flags.skip_memory) + ["first step s"] * compiled
     table = []
