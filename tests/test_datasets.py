@@ -171,20 +171,25 @@ def remux(source, target, **options):
                 new.mux(packet)
 
 
-def test_packets_that_an_edit_list_hides_are_not_counted(shapes, tmp_path):
-    """A stream copy that does not start at a key frame (ffmpeg -ss -c copy) keeps packets that are never shown. decord
-    counts them, and repeats the last frame in their place."""
-    source, path = shapes / "videos/val_00000.mp4", tmp_path / "cut.mp4"
-    frames = whole_video(source)
+def hide_frames(source, path, count):
+    """A stream copy whose edit list leaves out the first frames: their packets stay, and are never shown."""
     with av.open(str(source)) as container, av.open(str(path), "w") as result:
         stream = container.streams.video[0]
         copy = result.add_stream_from_template(stream)
         for packet in container.demux(stream):
             if packet.size:
-                packet.pts -= 7 * packet.duration
-                packet.dts -= 7 * packet.duration
+                packet.pts -= count * packet.duration
+                packet.dts -= count * packet.duration
                 packet.stream = copy
                 result.mux(packet)
+
+
+def test_packets_that_an_edit_list_hides_are_not_counted(shapes, tmp_path):
+    """A stream copy that does not start at a key frame (ffmpeg -ss -c copy) keeps packets that are never shown. decord
+    counts them, and repeats the last frame in their place."""
+    source, path = shapes / "videos/val_00000.mp4", tmp_path / "cut.mp4"
+    frames = whole_video(source)
+    hide_frames(source, path, 7)
     with open_video(str(path), "pyav") as cut:
         assert len(cut) == len(frames) - 7
         shown = cut.read([0, len(cut) - 1]).numpy()
