@@ -163,6 +163,7 @@ class EpochRunner:
             "epoch": self.epoch,
             "steps": micro_batches // self.backend.accum_iter,
             "steps_per_epoch": self.recipe.steps_per_epoch,
+            "micro_batches_a_step": self._micro_batches_a_step(),
             "metrics": self.metrics.state(),
             "seconds": [self.progress.seconds, self.progress.data_seconds],
             "skipped": {name: float(b.skipped) - self.skipped_before[name] for name, b in self.watched.items()},
@@ -170,10 +171,14 @@ class EpochRunner:
             "unreadable": self.unreadable,
         }
 
+    def _micro_batches_a_step(self) -> int:
+        return self.backend.accum_iter * len(everyone(None))
+
     def _go_on(self, midway: dict) -> dict[str, float]:
         """Takes over what `where` says; returns steps skipped in this epoch."""
         self.start = midway["steps"] * self.backend.accum_iter
-        self.metrics.load(midway["metrics"], self.recipe.mean.device)
+        weight = self._micro_batches_a_step() / midway["micro_batches_a_step"]  # a step counts as much on any number
+        self.metrics.load(midway["metrics"], self.recipe.mean.device, weight)
         self.progress.seconds, self.progress.data_seconds = midway["seconds"]
         if is_main_process():
             self.num_failed, self.unreadable = midway["num_failed"], midway["unreadable"]
