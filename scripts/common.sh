@@ -32,8 +32,12 @@ launch() {
         export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # what torchrun passes on to the processes
         command+=(-m torch.distributed.run --nproc_per_node "$((gpus > 0 ? gpus : 1))" --nnodes "$nodes")
         if [ -n "${RDZV_ENDPOINT:-}" ]; then
-            command+=(--rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "${SLURM_JOB_ID:-tats}"
-                ${LOCAL_ADDR:+--local_addr "$LOCAL_ADDR"})
+            command+=(--rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "${SLURM_JOB_ID:-tats}")
+            if [ -n "${LOCAL_ADDR:-}" ]; then
+                local host=0
+                [ "${RDZV_ENDPOINT%:*}" != "$LOCAL_ADDR" ] || host=1
+                command+=(--local_addr "$LOCAL_ADDR" --rdzv_conf "is_host=$host")
+            fi
         else
             command+=(--node_rank "${NODE_RANK:-0}"
                 --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")

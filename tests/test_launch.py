@@ -196,7 +196,9 @@ def test_launcher_of_the_scripts():
     assert command(**several, NODE_RANK="1", MASTER_ADDR="a", MASTER_PORT="5") == torchrun + static
     meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "a:5", "--rdzv_id", "tats"]
     assert command(**several, RDZV_ENDPOINT="a:5") == torchrun + meeting
-    assert command(**several, RDZV_ENDPOINT="a:5", LOCAL_ADDR="b")[-2:] == ["--local_addr", "b"]
+    for address, host in (("a", 1), ("b", 0)):
+        here = ["--local_addr", address, "--rdzv_conf", f"is_host={host}"]
+        assert command(**several, RDZV_ENDPOINT="a:5", LOCAL_ADDR=address) == torchrun + meeting + here
     assert command(GPUS="1", RDZV_ENDPOINT="a:5") == []
     # started by srun, mpirun or torchrun: the same variables as in init_distributed
     assert command(**several, **STEP) == command(**several, **OPEN_MPI) == command(**several, RANK="0") == []
@@ -295,7 +297,7 @@ def test_two_nodes_meet_in_both_ways(tmp_path):
         MASK_RATIO="0.75", OMP_NUM_THREADS="1", PYTHON=sys.executable,
     )  # fmt: skip
     static = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    meeting = dict(RDZV_ENDPOINT=f"127.0.0.1:{free_port()}", LOCAL_ADDR="127.0.0.1")
+    meeting = dict(RDZV_ENDPOINT=f"127.0.0.1:{free_port()}")
     for name, places in (("static", [static | dict(NODE_RANK=n) for n in "01"]), ("meeting", [meeting, meeting])):
         nodes = [start(SCRIPT, *flags, **settings, **place, OUTPUT_DIR=str(tmp_path / name)) for place in places]
         results = [outcome(node) for node in nodes]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Two network namespaces, joined by a cable only, stand for two hosts: torchrun's processes meet across it (RDZV_ENDPOINT)
-# and train TATS to the losses of one process with the same global batch. Prints PASS, or SKIP where this user may not make
-# network namespaces. About a minute on 2 cores.
+# Two network namespaces, joined by a cable only, stand for two hosts: torchrun's processes meet across it
+# (RDZV_ENDPOINT) and train TATS to the losses of one process with the same global batch. Prints PASS, or SKIP where this
+# user may not make network namespaces. Half a minute on 2 cores.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 SPACES=("hosts_$$_0" "hosts_$$_1")
@@ -35,7 +35,8 @@ for host in 0 1; do
 done
 
 "$PYTHON" "$REPOSITORY/datasets/moving_shapes.py" --output "$WORK/data" --train 40 --val 10 --size 32 --frames 12
-export OMP_NUM_THREADS=1 PYTHON GPUS=0 DATA_PATH=$WORK/data/train.csv EPOCHS=3 WARMUP_EPOCHS=1 NUM_WORKERS=1 MASK_RATIO=0.75
+export OMP_NUM_THREADS=1 PYTHON GPUS=0 DATA_PATH=$WORK/data/train.csv
+export EPOCHS=3 WARMUP_EPOCHS=1 NUM_WORKERS=1 MASK_RATIO=0.75
 run=(bash "$REPOSITORY/scripts/ssv2/pretrain_tats.sh" --model pretrain_videomae_tiny_patch8_64 --input_size 32
     --num_frames 4 --tats_start_epoch 1)
 
@@ -45,7 +46,8 @@ BATCH_SIZE=4 OUTPUT_DIR=$WORK/one timeout 120 "${run[@]}" >"$WORK/one.out" 2>&1
 export NODES=2 BATCH_SIZE=2 OUTPUT_DIR=$WORK/two RDZV_ENDPOINT=10.0.0.1:29400 GLOO_SOCKET_IFNAME=cable
 hosts=()
 for host in 0 1; do
-    LOCAL_ADDR=10.0.0.$((host + 1)) timeout 180 ip netns exec "${SPACES[host]}" "${run[@]}" >"$WORK/host_$host.out" 2>&1 &
+    LOCAL_ADDR=10.0.0.$((host + 1)) timeout 180 \
+        ip netns exec "${SPACES[host]}" "${run[@]}" >"$WORK/host_$host.out" 2>&1 &
     hosts+=($!)
 done
 for host in "${hosts[@]}"; do wait "$host"; done
