@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real Slurm on this machine, two nodes and two partitions, kept in a temporary folder: a small TATS run is preempted
 # in mid-epoch, told to stop by SIGUSR1 in another, and must end with the losses of an undisturbed run. Prints PASS, or
-# SKIP where it cannot run: it needs root, slurm-wlm and munge, and installs nothing. About 4 minutes on 2 cores.
+# SKIP where it cannot run: it needs root, slurm-wlm and munge, and installs nothing. About 2 minutes on 2 cores.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 skip() {
@@ -161,7 +161,10 @@ echo "job $JOB: SIGUSR1"
 wait_for 240 "the end of the disturbed run" job_is "$JOB" COMPLETED
 
 scontrol show job "$JOB" | grep -q "Restarts=2 " || die "job $JOB was not started again twice"
-grep '^resumed' "$WORK/disturbed.out" || die "the run did not resume"
+for epoch in 1 2; do
+    grep "^resumed after [1-9][0-9]* of 100 steps of epoch $epoch " "$WORK/disturbed.out" ||
+        die "the run did not resume within epoch $epoch"
+done
 
 "$PYTHON" - "$WORK/undisturbed/log.txt" "$WORK/disturbed/log.txt" <<'PY'
 import json, sys
