@@ -29,11 +29,11 @@ if ! [ -f "${1:-}" ]; then
     exit 2
 fi
 status=0
-# srun does not take over --cpus-per-task of the job since Slurm 22.05
-export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}
+# since Slurm 22.05 srun does not take over --cpus-per-task of the job
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 srun --kill-on-bad-exit=1 bash "$SLURM_SUBMIT_DIR/scripts/slurm/run.sh" --task "$@" || status=$?
 if [ "$status" -eq 75 ]; then
-    echo "the run stopped and saved itself: job $SLURM_JOB_ID goes back to the queue"
+    echo "the run was told to stop: job $SLURM_JOB_ID goes back to the queue"
     scontrol requeue "$SLURM_JOB_ID" # ends this shell
 fi
 exit "$status"

@@ -56,7 +56,7 @@ wait_for() {
     done
 }
 
-job_is() { scontrol show job "$1" | grep -q "JobState=$2 "; }
+job_is() { scontrol show job "$1" | grep -Eq "JobState=($2) "; }
 nodes_are_idle() { [ "$(sinfo --noheader --partition=low --states=idle --format=%D)" = 2 ]; }
 
 # --- the cluster -------------------------------------------------------------------------------------------------
@@ -140,7 +140,9 @@ submit() {
 in_epoch() { grep -q "^epoch $2 \[[1-3]0/100\]" "$WORK/$1.out"; }
 
 submit undisturbed
-wait_for 240 "the end of the undisturbed run" job_is "$JOB" COMPLETED
+wait_for 240 "the end of the undisturbed run" job_is "$JOB" "COMPLETED|FAILED"
+
+job_is "$JOB" COMPLETED || die "the undisturbed run failed"
 
 submit disturbed
 wait_for 120 "epoch 1 of the disturbed run" in_epoch disturbed 1
@@ -153,13 +155,14 @@ args = SimpleNamespace(device='cpu', dist_on_itp=False, dist_url='env://')
 init_distributed(args)
 print('processes:', args.world_size)\"")
 echo "job $high: preempts job $JOB"
-wait_for 90 "the end of the job of the higher partition" job_is "$high" COMPLETED
+wait_for 90 "the end of the job of the higher partition" job_is "$high" "COMPLETED|FAILED"
 grep -q '^processes: 1$' "$WORK/high.out" || die "a batch script's process takes the job's tasks for its own"
 wait_for 120 "epoch 2 of the disturbed run" in_epoch disturbed 2
 scancel --signal=USR1 "$JOB"
 echo "job $JOB: SIGUSR1"
-wait_for 240 "the end of the disturbed run" job_is "$JOB" COMPLETED
+wait_for 240 "the end of the disturbed run" job_is "$JOB" "COMPLETED|FAILED"
 
+job_is "$JOB" COMPLETED || die "the disturbed run failed"
 scontrol show job "$JOB" | grep -q "Restarts=2 " || die "job $JOB was not started again twice"
 for epoch in 1 2; do
     grep "^resumed after [1-9][0-9]* of 100 steps of epoch $epoch " "$WORK/disturbed.out" ||
