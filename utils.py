@@ -107,11 +107,27 @@ def is_main_process() -> bool:
 def agree(value, what: str) -> None:
     """Raises UsageError on every process unless all have the same value: what one of them alone reads from its disk
     would lead them apart."""
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        if any(other != values[0] for other in values):
-            raise UsageError(f"the processes see different {what} ({values}): --output_dir must be on a shared disk")
+    values = everyone(value)
+    if any(other != values[0] for other in values):
+        raise UsageError(f"the processes see different {what} ({values}): --output_dir must be on a shared disk")
+
+
+def everyone(value) -> list:
+    """The values of all processes, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def total(value: int, device: torch.device) -> int:
+    """The sum over all processes."""
+    if not dist.is_initialized():
+        return value
+    summed = torch.tensor(value, device=device)
+    dist.all_reduce(summed)
+    return int(summed)
 
 
 def barrier() -> None:
@@ -139,11 +155,7 @@ def rng_state(device: torch.device) -> list[dict]:
     state["numpy"] = (name, keys.tolist(), *rest)
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
-    if not dist.is_initialized():
-        return [state]
-    states = [None] * dist.get_world_size()
-    dist.all_gather_object(states, state)
-    return states
+    return everyone(state)
 
 
 def set_rng_state(states: list[dict], device: torch.device) -> None:
@@ -191,7 +203,8 @@ class Metrics:
         self.epoch: dict[tuple[str, ...], list[Tensor]] = {}
 
     def update(self, **values: Tensor) -> None:
-        stacked = torch.stack([value.detach().float() for value in values.values()])
+        # in float64 sums of float32 do not depend on their order, hence not on where a run was interrupted
+        stacked = torch.stack([value.detach().double() for value in values.values()])
         finite = torch.isfinite(stacked)
         names = tuple(values)
         if names not in self.window:
@@ -216,6 +229,24 @@ class Metrics:
             for part in (part for parts in self.epoch.values() for part in parts):
                 dist.all_reduce(part)
         return _means(self.epoch)
+
+    def state(self) -> dict[str, list[list[float]]]:
+        """Sums and counts of the epoch so far over all ranks, {names joined by commas: [sums, counts]}."""
+        self.read_window()
+        summed = {}
+        for names, parts in self.epoch.items():
+            parts = [part.clone() for part in parts]
+            for part in parts if dist.is_initialized() else []:
+                dist.all_reduce(part)
+            summed[",".join(names)] = [part.tolist() for part in parts]
+        return summed
+
+    def load(self, state: dict[str, list[list[float]]], device: torch.device) -> None:
+        """Goes on from `state`; the main process holds it for all."""
+        share = 1.0 if is_main_process() else 0.0
+        for names, parts in state.items():
+            parts = [share * torch.tensor(part, dtype=torch.float64, device=device) for part in parts]
+            self.epoch[tuple(names.split(","))] = parts
 
 
 def _means(groups: dict[tuple[str, ...], list[Tensor]]) -> dict[str, float]:
@@ -243,11 +274,11 @@ class Progress:
         self.window_data = 0.0
         self.window_steps = self.window_clips = 0
 
-    def watch(self, loader: Iterable) -> Iterator:
-        """Yields the batches of the epoch; the time inside next() is data wait."""
+    def watch(self, loader: Iterable, start: int = 0) -> Iterator:
+        """Yields the batches of the epoch from number `start` on; the time inside next() is data wait."""
         self._open_window()
         iterator = iter(loader)
-        for _ in range(self.steps):
+        for _ in range(start, self.steps):
             start = time.perf_counter()
             batch = next(iterator)
             self.window_data += time.perf_counter() - start
@@ -319,10 +350,20 @@ def write_run_description(path: Path, args) -> None:
 
 
 def append_json_line(path: Path, record: dict) -> None:
-    """log.txt as VideoMAE writes it: one JSON object a line."""
-    with open(path, "a") as file:
-        record = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
-        file.write(json.dumps(record) + "\n")
+    """log.txt as VideoMAE writes it: one JSON object a line. Raises OSError."""
+    record = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
+    with open(path, "ab+") as file:
+        torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"  # by a full disk, once
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+
+
+def write_log(output: Path | None, record: dict) -> None:
+    """A line of log.txt, by the main process; a full disk is a warning: losing a line is better than losing the run."""
+    if output and is_main_process():
+        try:
+            append_json_line(output / "log.txt", record)
+        except OSError as error:
+            log(f"warning: {output / 'log.txt'} lacks epoch {record['epoch']} ({error.strerror}): {record}")
 
 
 def drop_epochs_from(path: Path, epoch: int) -> None:
