@@ -169,6 +169,8 @@ for epoch in 1 2; do
         die "the run did not resume within epoch $epoch"
 done
 
+if grep -q Traceback "$WORK"/*turbed.out; then die "a traceback in the output"; fi
+
 "$PYTHON" - "$WORK/undisturbed/log.txt" "$WORK/disturbed/log.txt" <<'PY'
 import json, sys
 
