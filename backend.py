@@ -273,7 +273,7 @@ class DeepSpeedBackend(Backend):
     goes on from them. (DeepSpeed's own are folders of pickles that fit one number of processes.)
 
     groups: parameter groups; config: see deepspeed_config; keep_replica: whether replica() will be asked for.
-    Raises: ImportError without deepspeed; RuntimeError where its Adam cannot be compiled.
+    Raises: ImportError without deepspeed, or where its Adam cannot be compiled.
     """
 
     def __init__(
@@ -306,9 +306,17 @@ class DeepSpeedBackend(Backend):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         groups = [{k: v for k, v in g.items() if k in ("params", "weight_decay", "lr_scale")}
                   for g in self.optimizer.param_groups]  # fmt: skip
-        self.module, _, _, _ = deepspeed.initialize(
-            model=self.raw, model_parameters=groups, config=self.config, dist_init_required=False
-        )
+        try:
+            self.module, _, _, _ = deepspeed.initialize(
+                model=self.raw, model_parameters=groups, config=self.config, dist_init_required=False
+            )
+        except Exception as error:  # compilers fail in many ways
+            if self.config["optimizer"]["params"]["torch_adam"]:
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise ImportError(
+                f"--fused_adam deepspeed cannot be compiled here ({reason}): use --fused_adam torch"
+            ) from error
         self.optimizer = self.module.basic_optimizer
         self.zero = self.module.optimizer if self.stage else None
 

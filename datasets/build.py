@@ -18,6 +18,8 @@ from datasets.transforms import (
 )
 from datasets.video import EvalVideoDataset, ListError, TrainVideoDataset, collate, collate_views
 
+LOADER_TIMEOUT = 1800  # seconds without a batch after which a loader process, or the disk, counts as hanging
+
 
 class DataSet(NamedTuple):
     """What fine-tuning has to know of a data set."""
@@ -191,6 +193,7 @@ def _worker_settings(args):
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and args.device == "cuda",
         persistent_workers=args.num_workers > 0,
+        timeout=LOADER_TIMEOUT if args.num_workers else 0,
         worker_init_fn=_start_worker,
         # torch draws a seed for the workers: from here, so that the training process's random state is its own
         generator=torch.Generator().manual_seed(args.seed),

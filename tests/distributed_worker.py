@@ -1,8 +1,8 @@
 """Started by test_distributed.py in one or two processes: trains one configuration after the other and writes what
 happened. python -m torch.distributed.run --nproc_per_node 2 tests/distributed_worker.py CASES.json RESULT.json
 
-A case: {"name", "flags": [...], "stop_at": step at which the last process gets SIGTERM, "then": flags of the run that
-goes on, "nan_at": steps at which the last process's error is not a number}.
+A case: {"name", "flags": [...], "finetunes": true for run_class_finetuning.py, "stop_at": step at which the last
+process gets SIGTERM, "then": flags of the run that goes on, "nan_at": steps at which its error is not a number}.
 """
 
 import json
@@ -17,6 +17,7 @@ import torch.distributed as dist
 import engine_for_pretraining
 import engine_for_tats
 import modeling_adamae
+import run_class_finetuning
 import run_mae_pretraining
 from backend import DeepSpeedBackend
 from epoch_runner import EpochRunner
@@ -61,7 +62,10 @@ engine_for_pretraining.masked_error = engine_for_tats.masked_error = error_or_na
 
 def train(flags: list[str]) -> str:
     try:
-        run_mae_pretraining.train(run_mae_pretraining.get_parser().parse_args(flags))
+        if case.get("finetunes"):
+            run_class_finetuning.run_finetuning(run_class_finetuning.parse_args(flags))
+        else:
+            run_mae_pretraining.train(run_mae_pretraining.get_parser().parse_args(flags))
     except Preempted as stop:
         return str(stop)
     return "finished"

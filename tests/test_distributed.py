@@ -23,7 +23,7 @@ TOLERANCE = 2e-6
 
 
 def zero(stage: int) -> list[str]:
-    return ["--enable_deepspeed", "--zero_stage", str(stage)]
+    return ["--enable_deepspeed", "--zero_stage", str(stage)] + ["--deepspeed_config", "ZERO3"] * (stage == 3)
 
 
 class Runs:
@@ -46,13 +46,21 @@ class Runs:
             "--save_ckpt_freq", 1, "--clip_grad", 0.5, "--batch_size", batch_size, *more,
         ]  # fmt: skip
         flags = [str(flag) for flag in flags]
-        if "3" in flags[flags.index("--zero_stage") + 1 :][:1] if "--zero_stage" in flags else False:
-            flags += ["--deepspeed_config", str(self.folder / "zero3.json")]
         return flags
+
+    def finetune_flags(self, name: str, batch_size: int, *more) -> list[str]:
+        flags = [
+            "--data_path", self.data, "--output_dir", self.folder / name, "--data_set", "custom", "--nb_classes", 10,
+            "--model", "vit_tiny_patch8_64", "--input_size", 32, "--num_frames", 4, "--sampling_rate", 2,
+            "--num_workers", 0, "--device", "cpu", "--print_freq", 3, "--warmup_epochs", 0, "--lr", 0.03, "--epochs", 2,
+            "--num_sample", 1, "--mixup", 0, "--cutmix", 0, "--drop_path", 0, "--test_num_segment", 2,
+            "--test_num_crop", 3, "--init_scale", 1, "--batch_size", batch_size, *more,
+        ]  # fmt: skip
+        return [str(flag) for flag in flags]
 
     def launch(self, cases: list[dict], processes: int) -> None:
         cases_file, result = (self.folder / f"{what}{processes}.json" for what in ("cases", "result"))
-        cases_file.write_text(json.dumps(cases))
+        cases_file.write_text(json.dumps(cases).replace("ZERO3", str(self.folder / "zero3.json")))
         command = [sys.executable]
         if processes > 1:
             with socket.socket() as s:
@@ -102,12 +110,18 @@ def runs(tmp_path_factory) -> Runs:
     two.append(
         {"name": "rollouts-start0-zero3", "flags": runs.flags("rollouts-start0-zero3", "tats", 2, *ppo, *zero(3))}
     )
+    for name, more in [("ddp", []), ("zero1", zero(1)), ("zero3", zero(3)), ("ema", [*zero(2), "--model_ema"])]:
+        name = f"finetune-{name}"
+        two.append({"name": name, "flags": runs.finetune_flags(name, 4, *more), "finetunes": True})
+    flags = runs.finetune_flags("finetune-stopped", 4, *zero(3))
+    two.append({"name": "finetune-stopped", "flags": flags, "finetunes": True, "stop_at": 9, "then": flags})
     runs.launch(two, 2)
     one = []
     for mask in MASKS:
         one.append({"name": f"{mask}-one", "flags": runs.flags(f"{mask}-one", mask, 8)})
         accumulated = runs.flags(f"{mask}-accumulated", mask, 4, "--accum_iter", 2)
         one.append({"name": f"{mask}-accumulated", "flags": accumulated})
+    one.append({"name": "finetune-one", "flags": runs.finetune_flags("finetune-one", 8), "finetunes": True})
     one.append({"name": "one-goes-on", "flags": runs.flags("two-to-one", "tube", 8)})
     one.append({"name": "alone-zero3", "flags": runs.flags("alone-zero3", "tube", 8, *zero(3))})  # last: makes a group
     runs.launch(one, 1)
@@ -239,3 +253,23 @@ def test_the_configuration_is_in_the_output_folder(runs):
     assert (mae["gradient_clipping"], tats["gradient_clipping"]) == (0.5, 0.0)
     assert (mae["optimizer"]["params"]["eps"], tats["optimizer"]["params"]["eps"]) == (1e-8, 1e-12)
     assert mae["train_batch_size"] == 8 and mae["train_micro_batch_size_per_gpu"] == 4
+
+
+def predictions(runs, name: str) -> list[list[str]]:
+    return [line.split(",")[1:] for line in (runs.folder / name / "predictions.csv").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero3", "ema", "stopped"])
+def test_fine_tuning_follows_one_process(runs, name):
+    """26 parameter groups of layer decay; under ZeRO 3 validation and test run on a copy of the weights."""
+    name = f"finetune-{name}"
+    assert runs.losses(name) == pytest.approx(runs.losses("finetune-one"), rel=1e-5)
+    stopped = "stopped in epoch 1 after 4 of 7 batches; saved: the same command goes on from here"
+    assert runs.results[name]["ends"] == [[stopped, "finished"] if name.endswith("stopped") else ["finished"]] * 2
+    for record, expected in zip(runs.log(name), runs.log("finetune-one"), strict=True):
+        assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
+        if name != "finetune-ema":
+            assert record["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
+            assert record["val_acc1"] == expected["val_acc1"]
+    if name != "finetune-ema":
+        assert predictions(runs, name) == predictions(runs, "finetune-one")

@@ -1,0 +1,139 @@
+"""DeepSpeed's configuration from flags, and what is refused. Training with it: test_distributed.py."""
+
+import json
+import sys
+
+import pytest
+
+import backend
+import run_class_finetuning
+import run_mae_pretraining
+from backend import deepspeed_config
+
+FLAGS = dict(
+    zero_stage=2, offload="none", fused_adam="torch", opt="adamw", lr=1e-3, betas=(0.9, 0.95), eps=1e-7, batch_size=4,
+    accum_iter=3, world_size=2, clip_grad=None, amp="none",
+)  # fmt: skip
+
+
+def written(tmp_path, content) -> str:
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_every_setting_is_explicit():
+    config = deepspeed_config(**FLAGS)
+    assert config["gradient_clipping"] == 0.0  # left out, DeepSpeed would clip at 1
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 3)
+    assert config["train_batch_size"] == 24
+    adam = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-7, "weight_decay": 0.0, "adam_w_mode": True}
+    assert config["optimizer"] == {"type": "AdamW", "params": adam | {"torch_adam": True, "fused": True}}
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "none"
+    assert config["zero_optimization"]["reduce_bucket_size"] <= 5e7  # 5e8, DeepSpeed's own, is 2 GB
+    assert [config[name]["enabled"] for name in ("torch_autocast", "bf16", "fp16")] == [False] * 3
+    json.dumps(config)
+
+
+def test_flags_reach_the_configuration():
+    changed = dict(zero_stage=3, offload="cpu", fused_adam="deepspeed", opt="adam", clip_grad=0.3, amp="bf16")
+    config = deepspeed_config(**FLAGS | changed)
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert config["optimizer"]["type"] == "Adam" and config["optimizer"]["params"]["adam_w_mode"] is False
+    assert config["optimizer"]["params"]["torch_adam"] is False and "fused" not in config["optimizer"]["params"]
+    assert config["gradient_clipping"] == 0.3
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+
+
+def test_a_file_is_merged(tmp_path):
+    own = {
+        "train_batch_size": "auto", "gradient_accumulation_steps": 3, "wall_clock_breakdown": True,
+        "optimizer": {"params": {"lr": "auto"}}, "zero_optimization": {"reduce_bucket_size": 1000, "stage": 2},
+        "comms_logger": {"enabled": True},
+    }  # fmt: skip
+    config = deepspeed_config(**FLAGS, file=written(tmp_path, own))
+    plain = deepspeed_config(**FLAGS)
+    assert config["zero_optimization"] == plain["zero_optimization"] | {"reduce_bucket_size": 1000}
+    assert config["wall_clock_breakdown"] is True and config["comms_logger"] == {"enabled": True}
+    assert config["optimizer"] == plain["optimizer"] and config["train_batch_size"] == 24
+    assert backend.TUNABLE["zero_optimization"]["reduce_bucket_size"] > 1000  # the defaults stay
+
+
+def test_conflicts_are_all_named_with_their_flags(tmp_path):
+    own = {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}, "gradient_clipping": 1.0,
+        "bf16": {"enabled": True}, "optimizer": {"params": {"betas": [0.9, 0.999]}}, "train_batch_size": 7,
+    }  # fmt: skip
+    with pytest.raises(ValueError) as error:
+        deepspeed_config(**FLAGS, file=written(tmp_path, own))
+    message = str(error.value)
+    for part in (
+        "ds.json", "zero_optimization.stage is 3 there, 2 by --zero_stage", "by --offload", "gradient_clipping is 1.0",
+        "by --clip_grad", "bf16.enabled is true there, false by --amp", "optimizer.params.betas", "by --opt_betas",
+        "train_batch_size is 7 there, 24 by --batch_size",
+    ):  # fmt: skip
+        assert part in message
+    assert message.count(" is ") == 6
+
+
+@pytest.mark.parametrize(
+    "content,part", [("{", "not a JSON file"), ("[1]", "no JSON object"), (None, "cannot be read")]
+)
+def test_a_file_that_is_none_is_said(content, part, tmp_path):
+    path = str(tmp_path / "absent.json") if content is None else written(tmp_path, content)
+    with pytest.raises(ValueError, match=part) as error:
+        deepspeed_config(**FLAGS, file=path)
+    assert path in str(error.value)
+
+
+def refused(main, tmp_path, *flags) -> str:
+    (tmp_path / "train.csv").write_text("a.mp4 0\n" * 8)
+    with pytest.raises(SystemExit) as stop:
+        main(["--data_path", str(tmp_path / "train.csv"), "--device", "cpu", *flags])
+    message = str(stop.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+PRETRAIN = [
+    (["--offload", "cpu"], "--offload cpu needs --enable_deepspeed"),
+    (["--fused_adam", "deepspeed"], "--fused_adam deepspeed needs --enable_deepspeed"),
+    (["--deepspeed_config", "x.json"], "--deepspeed_config x.json needs --enable_deepspeed"),
+    (["--enable_deepspeed", "--opt", "sgd"], "--opt sgd: --enable_deepspeed"),
+    (["--enable_deepspeed", "--zero_stage", "0", "--offload", "cpu"], "--offload cpu needs --zero_stage 1"),
+    (["--enable_deepspeed", "--zero_stage", "3", "--compile"], "--compile does not go with --zero_stage 3"),
+    (["--enable_deepspeed", "--deepspeed_config", "no.json", "--batch_size", "4"], "no.json: cannot be read"),
+]
+FINETUNE = [
+    (["--zero_stage", "3", "--linear_probe"], "--zero_stage 3: a probe"),
+    (["--zero_stage", "3", "--model_ema"], "--zero_stage 3: --model_ema"),
+]
+
+
+@pytest.mark.parametrize("flags,part", PRETRAIN)
+def test_flags_that_make_no_sense_for_pretraining(flags, part, tmp_path):
+    tiny = ["--model", "pretrain_videomae_tiny_patch8_64", "--input_size", "32", "--num_frames", "4"]
+    assert part in refused(run_mae_pretraining.main, tmp_path, *tiny, *flags)
+
+
+@pytest.mark.parametrize("flags,part", FINETUNE)
+def test_flags_that_make_no_sense_for_fine_tuning(flags, part, tmp_path):
+    shared = ["--enable_deepspeed", "--data_set", "custom", "--nb_classes", "3", "--eval_data_path", "x"]
+    assert part in refused(run_class_finetuning.main, tmp_path, *shared, *flags)
+
+
+def test_a_missing_package_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # what an import of an absent package meets
+    tiny = [
+        "--model",
+        "pretrain_videomae_tiny_patch8_64",
+        "--input_size",
+        "32",
+        "--num_frames",
+        "4",
+        "--batch_size",
+        "4",
+    ]
+    assert "pip install deepspeed" in refused(run_mae_pretraining.main, tmp_path, *tiny, "--enable_deepspeed")
