@@ -535,8 +535,7 @@ def run_finetuning(args) -> None:
         log_epoch(output, run, stats, first_epoch - 1)
         run.unvalidated = None
     if not finished:
-        with Watch(args.save_ckpt_minutes if output and args.save_ckpt else 0) as recipe.watch:
-            train(run, loaders, recipe, first_epoch, output)
+        train(run, loaders, recipe, first_epoch, output)
     loaders = {"test": loaders["test"]}  # ends the worker processes of the others
     barrier()  # the best checkpoint is written
     best = read_best(output) if output and args.save_ckpt else {}
@@ -623,17 +622,27 @@ def save_best(path: Path, state: dict) -> None:
 
 
 def train(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, output: Path | None) -> None:
+    """All epochs from first_epoch on. Raises Preempted."""
+    args = run.args
+    start = time.time()
+    if output and is_main_process():
+        (output / "test.json").unlink(missing_ok=True)  # it is about other weights
+    if stores_features(args):
+        store_probe_features(run, loaders, recipe)
+    with Watch(args.save_ckpt_minutes if output and args.save_ckpt else 0) as recipe.watch:  # from here on one can save
+        train_epochs(run, loaders, recipe, first_epoch, output)
+    if recipe.log_writer is not None:
+        recipe.log_writer.close()
+    log(f"training took {format_time(time.time() - start)}")
+
+
+def train_epochs(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, output: Path | None) -> None:
     """Epochs from first_epoch to the last, each followed by validation ("val" in loaders) and a checkpoint.
 
     Every save_ckpt_freq-th checkpoint and the last are kept, the others replaced by newer ones. Raises Preempted.
     """
     args = run.args
     saves = output and args.save_ckpt
-    start = time.time()
-    if output and is_main_process():
-        (output / "test.json").unlink(missing_ok=True)  # it is about other weights
-    if stores_features(args):
-        store_probe_features(run, loaders, recipe)
 
     def save_midway(epoch: int, where: dict) -> bool:
         average_batch_norm(run.backend.raw, run.device)  # one file for all processes
@@ -664,9 +673,6 @@ def train(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, out
             raise problem
         if stop and not (last and run.unvalidated is None):
             raise Preempted(f"stopped after epoch {epoch}", bool(written))
-    if recipe.log_writer is not None:
-        recipe.log_writer.close()
-    log(f"training took {format_time(time.time() - start)}")
 
 
 def main(arguments: list[str] | None = None) -> None:
