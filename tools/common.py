@@ -12,7 +12,7 @@ from collections import deque
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from datasets.video import LIST_LINE, ListError, VideoError
+from datasets.video import ListError, VideoError, split_line
 from utils import UsageError, format_time
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
@@ -75,8 +75,7 @@ def write_list(list_path, paths, labels):
         if path.startswith("#") or path != path.lstrip():  # a line that starts so would be a comment, or stripped
             path = f"./{path}"
         line = f"{path} {label}"
-        match = LIST_LINE.match(line.split("\r")[0].encode(errors="replace").decode())
-        if match is None or (match["path"], match["label"]) != (path, str(label)):
+        if split_line(line.encode(errors="replace").decode()) != (path, str(label)) or set("\r\n\0") & set(line):
             raise UsageError(f"{list_path}: the name {path!r} cannot stand in a list: rename the file")
         lines.append(f"{line}\n")
     write_text(list_path, "".join(lines))
