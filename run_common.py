@@ -1,14 +1,15 @@
 """What run_mae_pretraining.py and run_class_finetuning.py share: flags, their checks, output folder, resume, exit."""
 
 import argparse
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import timm
 import torch
 
-from checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from checkpoint import CheckpointError, check_run_state, latest_checkpoint, load_checkpoint, saved_args
 from datasets.transforms import mean_and_std
 from datasets.video import DECODERS, ListError, VideoError
 from optim_factory import create_optimizer
@@ -118,8 +119,21 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dist_url", default="env://", help="rendezvous")
 
 
-def check_ranges(args, at_least_1: str = "", positive: str = "", not_negative: str = "", rates: str = "") -> None:
-    """Checks the named flags (names split by spaces); the shared flags are always checked. Raises UsageError."""
+LARGEST = 1_000_000_000  # of a number: far above what makes sense, and within float32 and int32
+LARGEST_CLIP = 1 << 26  # pixels: 1000 frames of 256 x 256
+
+
+def check_ranges(
+    args, at_least_1: str = "", positive: str = "", not_negative: str = "", rates: str = "", at_most_1000: str = ""
+) -> None:
+    """Checks the named flags (names split by spaces); the shared flags are always checked, and all numbers for being
+    finite and of a sensible size. Raises UsageError."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UsageError(f"--{name} {number}: must be a finite number")
+            if isinstance(number, int | float) and abs(number) > (2**63 - 1 if name == "seed" else LARGEST):
+                raise UsageError(f"--{name} {number}: out of range")
     for name in ("batch_size epochs accum_iter save_ckpt_freq print_freq input_size num_frames tubelet_size "
                  "sampling_rate num_sample " + at_least_1).split():  # fmt: skip
         if getattr(args, name) < 1:
@@ -134,7 +148,16 @@ def check_ranges(args, at_least_1: str = "", positive: str = "", not_negative: s
     for name in ("patch_size", "clip_grad"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must be greater than 0; leave it out for the default")
-    for name in ("drop_path " + rates).split():
+    for name in ("num_workers " + at_most_1000).split():
+        if getattr(args, name) > 1000:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at most 1000")
+    if args.input_size**2 * args.num_frames > LARGEST_CLIP:
+        raise UsageError(f"--input_size {args.input_size} and --num_frames {args.num_frames}: far too large")
+    if args.max_short_side == 1:
+        raise UsageError("--max_short_side 1: must be at least 2 pixels, or 0 for the video's own size")
+    if args.weight_decay_end is not None and args.weight_decay_end < 0:
+        raise UsageError(f"--weight_decay_end {args.weight_decay_end}: must not be negative")
+    for name in ("drop_path momentum " + rates).split():
         if not 0 <= getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 0 and less than 1")
     if args.opt_betas is not None and not (len(args.opt_betas) == 2 and all(0 <= b < 1 for b in args.opt_betas)):
@@ -145,6 +168,16 @@ def check_ranges(args, at_least_1: str = "", positive: str = "", not_negative: s
         raise UsageError(f"--batch_size {args.batch_size} (clips) is not divisible by --num_sample {args.num_sample}")
     if args.device == "cpu" and args.amp == "fp16":
         raise UsageError("--amp fp16 needs a GPU; on the CPU use bf16 or none")
+
+
+def check_finite(modules: Iterable[torch.nn.Module], epoch: int) -> None:
+    """Raises UsageError where an epoch has left weights that are not finite: they must not get into a checkpoint."""
+    finite = [p.isfinite().all() for module in modules for p in module.parameters()]
+    if finite and not torch.stack(finite).all():
+        raise UsageError(
+            f"epoch {epoch} has left weights that are not finite, no checkpoint is written: lower --lr or --tats_lr, "
+            "set --clip_grad, and start again, from the last checkpoint where there is one"
+        )
 
 
 def resolve_amp(args) -> None:
@@ -247,7 +280,10 @@ def open_output(args, description: str = "args.json") -> tuple[Path | None, obje
         from tensorboardX import SummaryWriter
     except ImportError:
         raise UsageError("--log_dir needs tensorboardX: pip install tensorboardX, or leave the flag out") from None
-    return output, SummaryWriter(args.log_dir)
+    try:
+        return output, SummaryWriter(args.log_dir)
+    except OSError as error:
+        raise UsageError(f"--log_dir {args.log_dir}: cannot be written ({error.strerror})") from error
 
 
 # Flags that may change between a run and its resume without changing what is computed.
@@ -265,18 +301,35 @@ def find_resume(args) -> tuple[Path, dict] | None:
     Raises: CheckpointError; UsageError where the folder holds another run, or processes see different files.
     """
     if args.resume:
-        return Path(args.resume), load_checkpoint(args.resume)
+        state = load_checkpoint(args.resume)
+        check_run_state(state, args.resume)
+        return Path(args.resume), state
     found = latest_checkpoint(args.output_dir) if args.auto_resume and args.output_dir else None
     agree(found and str(found[0]), "checkpoints to go on from")
     if found is None:
         return None
-    source = found[1].get("args", {}).get("finetune", "")
+    source = saved_args(found[1], found[0]).get("finetune", "")
     if args.finetune and args.finetune != source:
         raise UsageError(
             f"{args.output_dir} holds a run that started from {source or 'random weights'}, not from --finetune "
             f"{args.finetune}: choose another --output_dir, or start over with --no-auto_resume"
         )
     return found
+
+
+def saved_defaults(parser: argparse.ArgumentParser, saved: dict, names: Iterable[str], path: str | Path) -> dict:
+    """Those of the named flags that a checkpoint has saved, for parser.set_defaults. Raises CheckpointError for a value
+    that the flag cannot have."""
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    defaults = {name: saved[name] for name in names if name in saved}
+    for name, value in defaults.items():
+        action = actions[name]
+        kind = bool if isinstance(action, SWITCH) else {int: int, float: int | float}.get(action.type, str)
+        items = value if isinstance(value, list | tuple) and action.nargs else [value]
+        right = all(isinstance(item, kind) and (kind is bool or not isinstance(item, bool)) for item in items)
+        if value is not None and not (right and (action.choices is None or set(items) <= set(action.choices))):
+            raise CheckpointError(f"{path}: its args hold --{name} {value!r}, which that flag cannot be")
+    return defaults
 
 
 def resume(run, args, found: tuple[Path, dict] | None) -> int:
@@ -287,7 +340,7 @@ def resume(run, args, found: tuple[Path, dict] | None) -> int:
     if found is None:
         return args.start_epoch
     path, state = found
-    saved = state.get("args", {})
+    saved = saved_args(state, path)
     changed = [
         f"--{name} {saved[name]} -> {value}"
         for name, value in vars(args).items()
