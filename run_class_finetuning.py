@@ -224,6 +224,8 @@ def check_flags(args) -> None:
         args.nb_classes = data_set.num_classes
     if args.nb_classes is None or args.nb_classes < 2:
         raise UsageError(f"--data_set {args.data_set} needs --nb_classes, the number of classes, at least 2")
+    if args.nb_classes > 10_000:  # the test's table of confusions has its square
+        raise UsageError(f"--nb_classes {args.nb_classes}: at most 10000")
     if data_set.num_classes not in (None, args.nb_classes):
         raise UsageError(
             f"--nb_classes {args.nb_classes}: {args.data_set} has {data_set.num_classes}; for other lists use "

@@ -141,7 +141,7 @@ def check_ranges(
     for name in ("lr " + positive).split():
         if not getattr(args, name) > 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must be greater than 0")
-    for name in ("min_lr warmup_lr warmup_epochs weight_decay num_workers color_jitter seed start_epoch opt_eps "
+    for name in ("min_lr warmup_lr warmup_epochs weight_decay num_workers color_jitter seed start_epoch "
                  "max_short_side " + not_negative).split():  # fmt: skip
         if not getattr(args, name) >= 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
@@ -153,6 +153,9 @@ def check_ranges(
             raise UsageError(f"--{name} {getattr(args, name)}: must be at most 1000")
     if args.input_size**2 * args.num_frames > LARGEST_CLIP:
         raise UsageError(f"--input_size {args.input_size} and --num_frames {args.num_frames}: far too large")
+    for name in ("opt_eps", "tats_eps"):  # 0 in float32 makes Adam divide 0 by 0 where a gradient is 0
+        if getattr(args, name, 1) < 1e-30:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1e-30")
     if args.max_short_side == 1:
         raise UsageError("--max_short_side 1: must be at least 2 pixels, or 0 for the video's own size")
     if args.weight_decay_end is not None and args.weight_decay_end < 0:

@@ -168,7 +168,7 @@ def check_flags(args) -> None:
         args,
         at_least_1="decoder_depth tats_blocks num_landmarks tats_rollout_steps ppo_epochs",
         positive="tats_lr softmax_temp ppo_clip",
-        not_negative="tats_start_epoch policy_coef value_coef entropy_coef adamae_coef tats_eps",
+        not_negative="tats_start_epoch policy_coef value_coef entropy_coef adamae_coef",
         at_most_1000="decoder_depth tats_blocks ppo_epochs",
     )
     if args.softmax_temp < 1e-6:  # float32 logits over it would overflow

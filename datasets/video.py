@@ -242,6 +242,17 @@ class PyAVReader(VideoReader):
     def open(self):
         return self.av.open(self.path, metadata_errors="ignore")  # some HMDB51 files hold text that is not UTF-8
 
+    def open_again(self):
+        """A second container. Raises VideoError: the file may have gone since the first, or be another."""
+        try:
+            container = self.open()
+        except (self.av.FFmpegError, OSError) as error:
+            raise VideoError(self.path, f"PyAV cannot open it again ({_brief(error)})") from error
+        if container.streams.video and container.streams.video[0].codec_context is not None:
+            return container
+        container.close()
+        raise VideoError(self.path, "was replaced by another file while it was read")
+
     def __len__(self):
         return self.length
 
@@ -265,7 +276,7 @@ class PyAVReader(VideoReader):
     def decode(self, wanted, max_short_side=None):
         remaining, frames, index, frame = set(wanted), {}, -1, None
         rgb = self.converter(max_short_side)
-        with self.open() as container:
+        with self.open_again() as container:
             stream = container.streams.video[0]
             stream.thread_count = 1
             try:

@@ -18,6 +18,7 @@ from utils import UsageError, format_time
 VIDEO_SUFFIXES = (".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 START_SECONDS = 300  # for a worker to import torch and PyAV, on a busy network file system
 LOG_SECONDS = 10  # between two lines of progress in a log
+LONGEST_TIMEOUT = 1_000_000  # seconds; the system's waits do not take any number
 NAMED_FAILURES = 20  # on the terminal; the report has all
 
 
@@ -98,8 +99,8 @@ def run_all(function, items, num_workers, timeout):
     processes; timeout in seconds for one item.
     Returns: for every item, in order, (result, None) or (None, the reason why there is none). Raises: UsageError.
     """
-    if num_workers < 1 or timeout <= 0:
-        raise UsageError("--num_workers must be at least 1, --timeout above 0")
+    if num_workers < 1 or not 0 < timeout <= LONGEST_TIMEOUT:  # nan too
+        raise UsageError(f"--num_workers must be at least 1, --timeout above 0 and at most {LONGEST_TIMEOUT}")
     outcomes = [None] * len(items)
     terminal = sys.stdout.isatty()
     clear = "\r\033[K" if terminal else ""
