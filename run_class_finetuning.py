@@ -211,6 +211,9 @@ def check_flags(args) -> None:
     )
     if not 0 < args.layer_decay <= 1:
         raise UsageError(f"--layer_decay {args.layer_decay}: must be greater than 0 and at most 1 (1: none)")
+    for name in ("mixup", "cutmix"):
+        if 0 < getattr(args, name) < 1e-6:  # the beta distribution's draws would not be numbers
+            raise UsageError(f"--{name} {getattr(args, name)}: must be 0 or at least 1e-6")
     for name in ("reprob", "mixup_prob", "mixup_switch_prob"):
         if not 0 <= getattr(args, name) <= 1:
             raise UsageError(f"--{name} {getattr(args, name)}: a probability, from 0 to 1")

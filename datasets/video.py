@@ -58,7 +58,8 @@ def _cut_number(text):
     return (before, number) if before and re.fullmatch("-?[0-9]+", number) else None
 
 
-def _excerpt(text):
+def excerpt(text):
+    """A text of any length and content for a message of one line."""
     return repr(text if len(text) <= 200 else f"{text[:100]} ... {text[-60:]}")
 
 
@@ -85,19 +86,19 @@ def read_list(list_path, num_classes=None):
                     continue
                 place = f"{list_path}, line {number}"
                 if "\0" in line:
-                    raise ListError(f"{place}: a zero byte in {_excerpt(line)}: not a text file, or damaged; {FORMATS}")
+                    raise ListError(f"{place}: a zero byte in {excerpt(line)}: not a text file, or damaged; {FORMATS}")
                 columns = split_line(line)
                 if columns is None:
                     last = line.replace(",", " ").split()[-1:]
                     alone = last == [line.strip(" ,")] or not last
-                    problem = "no label" if alone else f"label {_excerpt(last[0])} is not an integer"
-                    raise ListError(f"{place}: {problem} in {_excerpt(line)}; {FORMATS}")
+                    problem = "no label" if alone else f"label {excerpt(last[0])} is not an integer"
+                    raise ListError(f"{place}: {problem} in {excerpt(line)}; {FORMATS}")
                 path, label = columns
                 if len(label) > 10 or not -1 <= int(label) <= MAX_LABEL:
-                    raise ListError(f"{place}: label {_excerpt(label)} is not in -1 to {MAX_LABEL}; {FORMATS}")
+                    raise ListError(f"{place}: label {excerpt(label)} is not in -1 to {MAX_LABEL}; {FORMATS}")
                 if num_classes is not None and not 0 <= int(label) < num_classes:
                     raise ListError(
-                        f"{place}: label {label} in {_excerpt(line)} is not one of the {num_classes} classes, 0 to "
+                        f"{place}: label {label} in {excerpt(line)} is not one of the {num_classes} classes, 0 to "
                         f"{num_classes - 1}: correct the list or --nb_classes"
                     )
                 paths.append(os.path.join(folder, path))

@@ -12,7 +12,7 @@ from collections import deque
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from datasets.video import ListError, VideoError, split_line
+from datasets.video import ListError, VideoError, excerpt, split_line
 from utils import UsageError, format_time
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
@@ -77,7 +77,7 @@ def write_list(list_path, paths, labels):
             path = f"./{path}"
         line = f"{path} {label}"
         if split_line(line.encode(errors="replace").decode()) != (path, str(label)) or set("\r\n\0") & set(line):
-            raise UsageError(f"{list_path}: the name {path!r} cannot stand in a list: rename the file")
+            raise UsageError(f"{list_path}: the name {excerpt(path)} cannot stand in a list: rename the file")
         lines.append(f"{line}\n")
     write_text(list_path, "".join(lines))
 

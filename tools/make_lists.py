@@ -29,7 +29,7 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tools.common import Formatter, find_videos, run_tool, write_list, write_text
+from tools.common import Formatter, excerpt, find_videos, run_tool, write_list, write_text
 from utils import UsageError
 
 
@@ -117,10 +117,10 @@ def read_ssv2(folder, split):
             for number, row in enumerate(rows, 1):
                 where = f"{path}, entry {number}"
                 if not isinstance(row, dict) or "id" not in row or ("template" not in row and name != "test"):
-                    raise UsageError(f"{where}: {row!r} has no id or no template")
+                    raise UsageError(f"{where}: {excerpt(str(row))} has no id or no template")
                 template = row.get("template", "")
                 if not isinstance(template, str) or not isinstance(row["id"], str | int):
-                    raise UsageError(f"{where}: {row!r} has an id or template that is no text")
+                    raise UsageError(f"{where}: {excerpt(str(row))} has an id or template that is no text")
                 template = template.replace("[", "").replace("]", "")
                 label = label_of(ids, template, where) if template else -1
                 entries.append(Entry(label, "", (str(row["id"]),), ".webm"))
@@ -153,7 +153,7 @@ def read_kinetics400(folder, split):
             try:
                 start, end = int(row["time_start"]), int(row["time_end"])
             except (TypeError, ValueError):
-                raise UsageError(f"{where}: no whole seconds in {row}") from None
+                raise UsageError(f"{where}: no whole seconds in {excerpt(str(row))}") from None
             group = row.get("label") or ""
             label = label_of(ids, group, where) if group or name != "test" else -1
             names = f"{row['youtube_id']}_{start:06d}_{end:06d}", row["youtube_id"]
@@ -199,13 +199,13 @@ def lines_of(path):
 def fields(where, line, pattern, wanted):
     match = re.fullmatch(pattern, line)
     if match is None:
-        raise UsageError(f"{where}: {line!r} is not {wanted}")
+        raise UsageError(f"{where}: {excerpt(line)} is not {wanted}")
     return match.groups()
 
 
 def label_of(ids, name, where):
     if name not in ids:
-        raise UsageError(f"{where}: unknown class {name!r}")
+        raise UsageError(f"{where}: unknown class {excerpt(name)}")
     return ids[name]
 
 
