@@ -265,8 +265,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 def check_moments(optimizer: torch.optim.Optimizer, path: str | Path) -> None:
     """Raises CheckpointError where what an optimizer has just loaded would make its next step fail or spoil weights."""
+    if not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed's, which lays its state out by itself
+        return
     adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
     for parameter, moments in optimizer.state.items():
+        if not isinstance(moments, dict):
+            raise CheckpointError(f"{path}: its optimizer's state of a weight is a {type(moments).__name__}")
         for name, value in moments.items():
             if name == "step":
                 value = torch.as_tensor(value)

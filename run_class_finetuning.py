@@ -394,7 +394,7 @@ class Run:
             load_weights(self.ema.module, state["model_ema"], path)
         with restoring("optimizer", path, "--opt, --layer_decay, or damaged"):
             self.backend.load_state_dict(state)
-        check_moments(self.backend.optimizer, path)
+            check_moments(self.backend.optimizer, path)
         with restoring("random state", path):
             set_rng_state(state["rng"], self.device)
         self.best, self.unvalidated = state["best"], state.get("unvalidated")

@@ -275,8 +275,8 @@ class Run:
                 self.tats_backend.load_state_dict(
                     {"optimizer": state["tats_optimizer"], "scaler": state["tats_scaler"]}
                 )
-        for backend in filter(None, (self.backend, self.tats_backend)):
-            check_moments(backend.optimizer, path)
+            for backend in filter(None, (self.backend, self.tats_backend)):
+                check_moments(backend.optimizer, path)
         with restoring("random state", path):
             set_rng_state(state["rng"], self.device)
         return state["epoch"] + 1

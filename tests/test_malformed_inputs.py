@@ -637,7 +637,7 @@ def odd_values(rng: random.Random, value):
            {"x": torch.ones(1)}, {3: 4}, argparse.Namespace(x=1), {"state": {}, "param_groups": []}]  # fmt: skip
     if isinstance(value, torch.Tensor):
         same = torch.ones(value.shape)
-        odd += [value[..., :0], value.flatten(), same.to(torch.int64), same.to(torch.complex64), same.bool(),
+        odd += [value.flatten()[:0], value.flatten(), same.to(torch.int64), same.to(torch.complex64), same.bool(),
                 same * math.nan, same * math.inf, same.double() * 1e300, same.to_sparse(), value[None]]  # fmt: skip
     return rng.choice(odd)
 
@@ -786,6 +786,9 @@ def test_moments_that_would_spoil_the_next_step(name, value):
         check_moments(optimizer, "x.pth")
     del optimizer.state[layer.weight][name]
     with pytest.raises(CheckpointError, match="x.pth: its optimizer has only"):
+        check_moments(optimizer, "x.pth")
+    optimizer.state[layer.weight] = [1]
+    with pytest.raises(CheckpointError, match="x.pth: its optimizer's state of a weight is a list"):
         check_moments(optimizer, "x.pth")
 
 
