@@ -23,7 +23,10 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes to a temporary name, flushes to disk and renames: a killed save leaves the older file whole."""
+    """Writes to a temporary name, flushes to disk and renames: a killed save leaves the older file whole.
+
+    Raises CheckpointError where the disk is full or the folder is gone; then too, what was there before is whole.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -31,9 +34,24 @@ def save_checkpoint(path: Path, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # a full disk gets its space back
+        _flush_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # a full disk gets its space back
+        if isinstance(error, (OSError, RuntimeError)):  # torch's writer turns some of the first into the second
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise CheckpointError(f"{path}: cannot be written ({reason}); older checkpoints are whole") from error
         raise
+
+
+def _flush_folder(folder: Path) -> None:
+    """The new name too outlives a power cut; not all file systems can do this."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -61,12 +79,34 @@ def load_checkpoint(path: str | Path) -> dict:
     return state
 
 
+def checkpoint_name(epoch: int, steps: int | None = None) -> str:
+    """Of the state after an epoch, or after so many steps of it."""
+    return f"checkpoint-{epoch}.pth" if steps is None else f"checkpoint-{epoch}-step{steps}.pth"
+
+
 def checkpoint_files(folder: str | Path) -> list[Path]:
-    """checkpoint-N.pth in a folder, newest (largest N) first."""
-    found = [
-        (re.fullmatch(r"checkpoint-(\d+)\.pth", path.name), path) for path in Path(folder).glob("checkpoint-*.pth")
-    ]
-    return [path for match, path in sorted(found, key=lambda x: -int(x[0][1]) if x[0] else 0) if match]
+    """checkpoint-N.pth and checkpoint-N-stepS.pth in a folder, newest first."""
+    found = [(_place(path), path) for path in Path(folder).glob("checkpoint-*.pth")]
+    return [path for place, path in sorted(found, key=lambda x: x[0] or (), reverse=True) if place]
+
+
+def _place(path: Path) -> tuple[int, float] | None:
+    """(epoch, steps) of a checkpoint of a run, by its name."""
+    match = re.fullmatch(r"checkpoint-(\d+)(?:-step(\d+))?\.pth", path.name)
+    return match and (int(match[1]), int(match[2]) if match[2] else math.inf)
+
+
+def prune_checkpoints(folder: Path, every: int, keep_last: int = 0) -> None:
+    """Deletes checkpoints that newer ones replace.
+
+    The two newest stay (should one prove damaged), further those after each `every`-th epoch: all of them, or with
+    keep_last those among the keep_last newest files.
+    """
+    for age, path in enumerate(checkpoint_files(folder)):
+        epoch, steps = _place(path)
+        regular = steps == math.inf and (epoch + 1) % every == 0
+        if age >= max(keep_last, 2) and not (regular and keep_last == 0):
+            path.unlink(missing_ok=True)
 
 
 def latest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
@@ -223,6 +263,9 @@ def check_run_state(state: dict, path: str | Path) -> None:
         raise CheckpointError(f"{path}: its best holds no numbers acc1 and epoch")
     if not all(value is None or isinstance(value, numbers.Real) for value in (state.get("unvalidated") or {}).values()):
         raise CheckpointError(f"{path}: its unvalidated epoch holds more than numbers")
+    midway = state.get("midway") or {"steps": 0, "steps_per_epoch": 1}
+    if not all(isinstance(midway.get(name), int) and midway[name] >= 0 for name in ("steps", "steps_per_epoch")):
+        raise CheckpointError(f"{path}: its midway holds no numbers steps and steps_per_epoch")
     saved_args(state, path)
 
 

@@ -61,11 +61,12 @@ def train_one_epoch(backend: Backend, loader, recipe: FinetuneRecipe, epoch: int
         runner.metrics.update(loss=loss)
         if label.ndim == 1:
             runner.metrics.update(acc1=100 * (logits.argmax(dim=1) == label).float().mean())
-        if backend.step():
+        stepped = backend.step()
+        if stepped:
             runner.metrics.update(grad_norm=backend.grad_norm)
             if ema is not None:
                 ema.update(backend.raw)
-        runner.log_step(index, step, lr)
+        runner.end_micro_batch(index, step, lr, loss, stepped)
     for model in [backend.raw] + ([ema.module] if ema is not None else []):
         average_batch_norm(model, recipe.mean.device)
     return runner.finish()
@@ -225,15 +226,16 @@ class FeatureLoader:
         self.features, self.label, self.batch_size, self.seed = features, label, batch_size, seed
         self.sampler = self
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """start: clips to leave out, which a run that was interrupted has had."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return len(self.label) // self.batch_size
 
     def __iter__(self) -> Iterator[dict]:
         order = torch.from_numpy(np.random.default_rng([self.seed, self.epoch]).permutation(len(self.label)))
-        for chosen in order[: len(self) * self.batch_size].split(self.batch_size):
+        for chosen in order[self.start : len(self) * self.batch_size].split(self.batch_size):
             yield dict(video=self.features[chosen], label=self.label[chosen], failed=[])
 
 

@@ -63,9 +63,10 @@ def train_one_epoch(
             loss = loss + sampling
         backend.backward(loss)
         runner.metrics.update(**values)
-        if backend.step():
+        stepped = backend.step()
+        if stepped:
             runner.metrics.update(grad_norm=backend.grad_norm)
-        runner.log_step(index, step, lr)
+        runner.end_micro_batch(index, step, lr, values["loss"], stepped)
     return runner.finish()
 
 

@@ -42,8 +42,9 @@ def train_one_epoch(
         lr = recipe.apply_schedule(mae, step)
         pixels, video, seed = to_device(batch, recipe)
         energy = motion_energy(video, recipe.grid)
-        with torch.no_grad(), mae.autocast():
-            tokens = mae.raw.encoder.patch_embed(video)
+        embed = mae.raw.encoder.patch_embed
+        with torch.no_grad(), mae.autocast(), mae.whole(embed):
+            tokens = embed(video)
         if tats.dtype is None:
             tokens = tokens.float()  # TATS in full precision beside an autoencoder that is not
         with torch.set_grad_enabled(one_pass), tats.autocast():
@@ -75,7 +76,7 @@ def train_one_epoch(
             if stepped and (full or index + 1 == runner.steps):
                 _phase_two(tats, buffer, settings, runner)
                 buffer = []
-        runner.log_step(index, step, lr)
+        runner.end_micro_batch(index, step, lr, loss, stepped and not buffer)
     return runner.finish()
 
 

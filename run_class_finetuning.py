@@ -13,7 +13,6 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 
 import modeling_finetune
-from backend import Backend
 from checkpoint import (
     CheckpointError,
     check_moments,
@@ -35,15 +34,18 @@ from engine_for_finetuning import (
     FinetuneRecipe,
     Scores,
     StoredViews,
+    average_batch_norm,
     evaluate,
     store_features,
     train_one_epoch,
 )
 from optim_factory import parameter_groups
+from preemption import Preempted, Watch
 from reports import class_names, write_report
 from run_common import (
     SWITCH,
     add_data_flags,
+    add_deepspeed_flags,
     add_model_flags,
     add_optimizer_flags,
     add_process_flags,
@@ -53,7 +55,7 @@ from run_common import (
     create_model,
     describe_schedule,
     find_resume,
-    make_optimizer,
+    make_backend,
     new_parser,
     open_output,
     optimizer_steps,
@@ -61,12 +63,13 @@ from run_common import (
     resolve_amp,
     resume,
     run_script,
+    save,
     saved_defaults,
+    write_deepspeed_configs,
 )
 from utils import (
     UsageError,
     agree,
-    append_json_line,
     barrier,
     drop_epochs_from,
     format_time,
@@ -76,6 +79,7 @@ from utils import (
     rng_state,
     seed_everything,
     set_rng_state,
+    write_log,
 )
 
 BEST = "checkpoint-best.pth"  # of the highest validation top-1
@@ -170,6 +174,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--mixup_switch_prob", default=0.5, type=float, help="of CutMix where both are on")
     group.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="one draw a ...")
 
+    add_deepspeed_flags(parser)
     add_process_flags(parser)
     parser.set_defaults(
         epochs=30, save_ckpt_freq=100, model="vit_base_patch16_224", drop_path=0.1, lr=1e-3, min_lr=1e-6,
@@ -277,6 +282,11 @@ def check_flags(args) -> None:
         raise UsageError("--resplit erases in all but the first clip of a video: --num_sample 1 has no other")
     if mixing(args) and args.batch_size % 2 and not args.eval:
         raise UsageError(f"--batch_size {args.batch_size}: --mixup and --cutmix pair clips, it must be even")
+    if args.enable_deepspeed and args.zero_stage == 3:
+        if probe_kind(args):
+            raise UsageError("--zero_stage 3: a probe's encoder reads clips process by process, use 2 or less")
+        if args.model_ema:
+            raise UsageError("--zero_stage 3: --model_ema would gather all weights at every step, use 2 or less")
     if args.finetune and args.resume:
         raise UsageError("--finetune starts a run from weights, --resume goes on with one: give one of them")
 
@@ -349,14 +359,22 @@ def load_finished(args, path: str | Path, state: dict, keys: str = "model") -> t
 
 
 class Run:
-    """Model, optimizer, moving average and the best accuracy so far: the state that a checkpoint holds."""
+    """Model, optimizer, moving average and the best accuracy so far: the state that a checkpoint holds.
 
-    def __init__(self, args, model: torch.nn.Module, device: torch.device):
+    found: the checkpoint to go on from; its weights are loaded here, the rest by load().
+    """
+
+    def __init__(self, args, model: torch.nn.Module, device: torch.device, found: tuple[Path, dict] | None = None):
         self.args, self.device = args, device
+        if found:
+            self._check(*found)
+            load_weights(model, found[1]["model"], found[0])
+        self.num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         groups = parameter_groups(model.to(device), args.weight_decay, args.layer_decay)
-        optimizer = make_optimizer(args, groups, args.lr, args.opt_eps)
-        self.backend = Backend(model, optimizer, device, args.amp, args.accum_iter, args.clip_grad)
-        self.num_parameters = sum(p.numel() for p in self.backend.parameters)  # trained ones
+        self.backend = make_backend(
+            args, model, groups, device, lr=args.lr, eps=args.opt_eps, amp=args.amp, clip_grad=args.clip_grad,
+            keep_replica=True,
+        )  # fmt: skip
         self.ema = None
         if args.model_ema:
             ema_device = torch.device("cpu") if args.model_ema_force_cpu else None
@@ -368,28 +386,30 @@ class Run:
     def evaluated(self) -> torch.nn.Module:
         """The model whose accuracy counts: the moving average where there is one."""
         if self.ema is None:
-            return self.backend.raw
+            return self.backend.replica()
         return copy.deepcopy(self.ema.module).to(self.device) if self.args.model_ema_force_cpu else self.ema.module
 
     def weights(self, epoch: int) -> dict:
-        """What checkpoint-best.pth holds; `model` has VideoMAE's names."""
-        state = {"model": self.backend.raw.state_dict(), "epoch": epoch, "best": self.best, "args": vars(self.args)}
+        """What checkpoint-best.pth holds; `model` has VideoMAE's names. Every process has to ask."""
+        model = self.backend.weights(self.backend.raw)
+        state = {"model": model, "epoch": epoch, "best": self.best, "args": vars(self.args)}
         return state | ({"model_ema": self.ema.module.state_dict()} if self.ema else {})
 
-    def state(self, epoch: int) -> dict:
-        """What checkpoint-N.pth holds."""
-        rest = {"rng": rng_state(self.device), "unvalidated": self.unvalidated}
+    def state(self, epoch: int, midway: dict | None = None) -> dict:
+        """What checkpoint-N.pth holds. epoch: the last whole one; midway: where in the next one training stands."""
+        rest = {"rng": rng_state(self.device), "unvalidated": self.unvalidated} | ({"midway": midway} if midway else {})
         return self.weights(epoch) | self.backend.state_dict() | rest
 
-    def load(self, path: Path, state: dict) -> int:
-        """Restores everything; returns the next epoch. Raises CheckpointError."""
-        needed = ["model", "optimizer", "scaler", "rng", "epoch", "best"] + ["model_ema"] * bool(self.ema)
+    def _check(self, path: Path, state: dict) -> None:
+        needed = ["model", "optimizer", "scaler", "rng", "epoch", "best"] + ["model_ema"] * self.args.model_ema
         missing = [key for key in needed if key not in state]
         if missing:
             raise CheckpointError(
                 f"{path}: cannot be resumed, it has no {', '.join(missing)}; to start from its weights use --finetune"
             )
-        load_weights(self.backend.raw, state["model"], path)
+
+    def load(self, path: Path, state: dict) -> int:
+        """Restores all but the weights; returns the epoch after the last whole one. Raises CheckpointError."""
         if self.ema:
             load_weights(self.ema.module, state["model_ema"], path)
         with restoring("optimizer", path, "--opt, --layer_decay, or damaged"):
@@ -502,9 +522,11 @@ def run_finetuning(args) -> None:
         raise UsageError(f"--start_epoch {args.start_epoch}: there is no such epoch in --epochs {args.epochs}")
     else:
         model = load_finetune(args) if args.finetune else build_classifier(args, None)
-    run = Run(args, model, device)
+    run = Run(args, model, device, found)
     seed_everything(args.seed + args.rank)  # dropout, stochastic depth and mixup differ between ranks
     output, recipe.log_writer = open_output(args)
+    recipe.output = output
+    write_deepspeed_configs(output, {"classifier": run.backend})
     log(
         f"{args.model}: {run.num_parameters / 1e6:.1f} M parameters to train, {args.nb_classes} classes, "
         f"{probe_kind(args) + ' probe' if probe_kind(args) else 'all layers'}"
@@ -513,7 +535,7 @@ def run_finetuning(args) -> None:
         f"stride {args.sampling_rate}, horizontal flip {'on' if args.flip else 'off'}"
         f"\n{describe_schedule(args, recipe)}"
     )
-    first_epoch = resume(run, args, found)
+    first_epoch, recipe.midway = resume(run, args, found, recipe.steps_per_epoch)
     if found and output and found[0].parent.resolve() == output.resolve():
         best = read_best(output)  # a killed run may have got further than its newest checkpoint
         run.best = max(run.best, best.get("best", run.best), key=lambda b: b["acc1"])
@@ -525,9 +547,11 @@ def run_finetuning(args) -> None:
     finished = first_epoch >= args.epochs
     if run.unvalidated is not None and "val" in loaders:
         stats = run.unvalidated | validate(run, loaders["val"], recipe, first_epoch - 1, output)
-        write_log(output, run, stats, first_epoch - 1)
+        log_epoch(output, run, stats, first_epoch - 1)
+        run.unvalidated = None
     if not finished:
-        train(run, loaders, recipe, first_epoch, output)
+        with Watch(args.save_ckpt_minutes if output and args.save_ckpt else 0) as recipe.watch:
+            train(run, loaders, recipe, first_epoch, output)
     loaders = {"test": loaders["test"]}  # ends the worker processes of the others
     barrier()  # the best checkpoint is written
     best = read_best(output) if output and args.save_ckpt else {}
@@ -565,9 +589,8 @@ def is_tested(output: Path, settings: dict) -> bool:
         return False
 
 
-def write_log(output: Path | None, run: Run, stats: dict, epoch: int) -> None:
-    if output and is_main_process():
-        append_json_line(output / "log.txt", stats | {"epoch": epoch, "n_parameters": run.num_parameters})
+def log_epoch(output: Path | None, run: Run, stats: dict, epoch: int) -> None:
+    write_log(output, stats | {"epoch": epoch, "n_parameters": run.num_parameters})
 
 
 def stores_features(args) -> bool:
@@ -596,8 +619,8 @@ def validate(run: Run, loader, recipe: FinetuneRecipe, epoch: int, output: Path 
     stats = {"val_acc1": scores.accuracy(1), "val_acc5": scores.accuracy(5), "val_loss": scores.loss()}
     if stats["val_acc1"] > run.best["acc1"]:
         run.best = {"acc1": stats["val_acc1"], "epoch": epoch}
-        if output and args.save_ckpt and is_main_process():
-            save_checkpoint(output / BEST, run.weights(epoch))
+        if output and args.save_ckpt:
+            save_best(output / BEST, run.weights(epoch))
     log(
         f"epoch {epoch} validation: top-1 {stats['val_acc1']:.2f} %, top-5 {stats['val_acc5']:.2f} %, loss "
         f"{stats['val_loss']:.4g}; best top-1 {run.best['acc1']:.2f} % in epoch {run.best['epoch']}"
@@ -608,37 +631,57 @@ def validate(run: Run, loader, recipe: FinetuneRecipe, epoch: int, output: Path 
     return stats
 
 
+def save_best(path: Path, state: dict) -> None:
+    if is_main_process():
+        try:
+            save_checkpoint(path, state)
+        except CheckpointError as error:
+            log(f"warning: {error}; training goes on, and its last weights will be tested")
+
+
 def train(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, output: Path | None) -> None:
     """Epochs from first_epoch to the last, each followed by validation ("val" in loaders) and a checkpoint.
 
-    Every save_ckpt_freq-th checkpoint and the last are kept, the others replaced by the next.
+    Every save_ckpt_freq-th checkpoint and the last are kept, the others replaced by newer ones. Raises Preempted.
     """
     args = run.args
+    saves = output and args.save_ckpt
     start = time.time()
     if output and is_main_process():
         (output / "test.json").unlink(missing_ok=True)  # it is about other weights
     if stores_features(args):
         store_probe_features(run, loaders, recipe)
+
+    def save_midway(epoch: int, where: dict) -> bool:
+        average_batch_norm(run.backend.raw, run.device)  # one file for all processes
+        return save(args, output, run.state(epoch - 1, where), epoch, where)
+
+    recipe.save = save_midway if saves else None
     for epoch in range(first_epoch, args.epochs):
-        loaders["train"].sampler.set_epoch(epoch)
+        done = recipe.midway["steps"] * args.accum_iter if recipe.midway else 0
+        loaders["train"].sampler.set_epoch(epoch, done * loaders["train"].batch_size)
         stats = train_one_epoch(run.backend, loaders["train"], recipe, epoch, run.ema)
         check_finite((run.backend.raw,), epoch)
         stats = {f"train_{name}": value for name, value in stats.items()}
         run.unvalidated, problem = None, None
+        last, stop = epoch + 1 == args.epochs, recipe.watch.stops()
         try:
-            if "val" in loaders:
-                stats |= validate(run, loaders["val"], recipe, epoch, output)
-            write_log(output, run, stats, epoch)  # before the checkpoint: a resume takes away lines, it cannot add one
+            if stop and saves and "val" in loaders:  # there may be no time to validate: a resume does
+                run.unvalidated = stats
+            else:
+                if "val" in loaders:
+                    stats |= validate(run, loaders["val"], recipe, epoch, output)
+                log_epoch(
+                    output, run, stats, epoch
+                )  # before the checkpoint: a resume takes away lines, it cannot add one
         except VideoError as error:  # on every process: save what was trained, then stop; a resume validates first
             run.unvalidated, problem = stats, error
-        if output and args.save_ckpt:
-            state = run.state(epoch)  # every rank gives its random state
-            if is_main_process():
-                save_checkpoint(output / f"checkpoint-{epoch}.pth", state)
-                if epoch % args.save_ckpt_freq:
-                    (output / f"checkpoint-{epoch - 1}.pth").unlink(missing_ok=True)
+        stop = stop or recipe.watch.stops()
+        written = saves and save(args, output, run.state(epoch), epoch, must=last)
         if problem:
             raise problem
+        if stop and not (last and run.unvalidated is None):
+            raise Preempted(f"stopped after epoch {epoch}", bool(written))
     if recipe.log_writer is not None:
         recipe.log_writer.close()
     log(f"training took {format_time(time.time() - start)}")

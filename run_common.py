@@ -1,19 +1,37 @@
 """What run_mae_pretraining.py and run_class_finetuning.py share: flags, their checks, output folder, resume, exit."""
 
 import argparse
+import errno
+import json
 import math
+import multiprocessing
+import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import timm
 import torch
 
-from checkpoint import CheckpointError, check_run_state, latest_checkpoint, load_checkpoint, saved_args
+from backend import Backend, DeepSpeedBackend, deepspeed_config
+from checkpoint import (
+    CheckpointError,
+    check_run_state,
+    checkpoint_name,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    restoring,
+    save_checkpoint,
+    saved_args,
+)
 from datasets.transforms import mean_and_std
 from datasets.video import DECODERS, ListError, VideoError
 from optim_factory import create_optimizer
-from utils import UsageError, agree, is_main_process, log, write_run_description
+from preemption import EXIT_STATUS, Preempted
+from utils import UsageError, agree, everyone, is_main_process, log, write_run_description
 
 SWITCH = argparse.BooleanOptionalAction
 
@@ -36,6 +54,10 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="micro-batches an optimizer step: effective batch = all clips of a step",
     )
     group.add_argument("--save_ckpt_freq", type=int, help="epochs between checkpoints that are kept (so is the last)")
+    group.add_argument("--save_ckpt_minutes", default=15.0, type=float,
+                       help="between saves in mid-epoch, replaced by the next; 0: none")  # fmt: skip
+    group.add_argument("--keep_last", default=0, type=int,
+                       help="checkpoints to keep, the newest, at least 2; 0: all of --save_ckpt_freq")  # fmt: skip
     group.add_argument("--print_freq", default=20, type=int, help="micro-batches between progress lines")
     group.add_argument("--output_dir", default="", help="folder for checkpoints, log.txt and args.json; empty: none")
     group.add_argument("--log_dir", default=None, help="folder for tensorboard files")
@@ -119,6 +141,35 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dist_url", default="env://", help="rendezvous")
 
 
+def add_deepspeed_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("DeepSpeed")
+    group.add_argument("--enable_deepspeed", default=False, action=SWITCH, help="train through DeepSpeed's ZeRO")
+    group.add_argument("--zero_stage", default=1, type=int, choices=[0, 1, 2, 3],
+                       help="spread over the processes: 1 the optimizer's state, 2 also gradients, 3 also weights, "
+                       "0 nothing")  # fmt: skip
+    group.add_argument("--offload", default="none", choices=["none", "cpu"],
+                       help="keep the optimizer's state, and step, in host memory")  # fmt: skip
+    group.add_argument("--fused_adam", default="torch", choices=["torch", "deepspeed"],
+                       help="torch's fused kernel, or DeepSpeed's own, compiled at first use")  # fmt: skip
+    group.add_argument("--deepspeed_config", default=None,
+                       help="JSON file merged into the configuration that the flags make")  # fmt: skip
+
+
+def check_deepspeed(args) -> None:
+    """Raises UsageError."""
+    if not args.enable_deepspeed:
+        for name, default in (("offload", "none"), ("fused_adam", "torch"), ("deepspeed_config", None)):
+            if getattr(args, name) != default:
+                raise UsageError(f"--{name} {getattr(args, name)} needs --enable_deepspeed")
+        return
+    if args.opt not in ("adam", "adamw"):
+        raise UsageError(f"--opt {args.opt}: --enable_deepspeed trains with adam or adamw, whose steps ZeRO can cut up")
+    if args.amp == "fp16":
+        raise UsageError("--amp fp16: with --enable_deepspeed use bf16 or none (without it, fp16 works under DDP)")
+    if args.offload == "cpu" and args.zero_stage == 0:
+        raise UsageError("--offload cpu needs --zero_stage 1, 2 or 3: stage 0 keeps all on the device")
+
+
 LARGEST = 1_000_000_000  # of a number: far above what makes sense, and within float32 and int32
 LARGEST_CLIP = 1 << 26  # pixels: 1000 frames of 256 x 256
 
@@ -142,7 +193,7 @@ def check_ranges(
         if not getattr(args, name) > 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must be greater than 0")
     for name in ("min_lr warmup_lr warmup_epochs weight_decay num_workers color_jitter seed start_epoch "
-                 "max_short_side " + not_negative).split():  # fmt: skip
+                 "max_short_side save_ckpt_minutes keep_last " + not_negative).split():  # fmt: skip
         if not getattr(args, name) >= 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
     for name in ("patch_size", "clip_grad"):
@@ -171,6 +222,7 @@ def check_ranges(
         raise UsageError(f"--batch_size {args.batch_size} (clips) is not divisible by --num_sample {args.num_sample}")
     if args.device == "cpu" and args.amp == "fp16":
         raise UsageError("--amp fp16 needs a GPU; on the CPU use bf16 or none")
+    check_deepspeed(args)
 
 
 def check_finite(modules: Iterable[torch.nn.Module], epoch: int) -> None:
@@ -255,11 +307,32 @@ def optimizer_steps(args, batches: int) -> int:
     return batches // args.accum_iter
 
 
-def make_optimizer(args, groups: list[dict], lr: float, eps: float) -> torch.optim.Optimizer:
-    """--opt on parameter groups. Raises UsageError."""
+def make_backend(
+    args,
+    module: torch.nn.Module,
+    groups: list[dict],
+    device: torch.device,
+    *,
+    lr: float,
+    eps: float,
+    amp: str,
+    clip_grad: float | None,
+    compile: bool = False,
+    keep_replica: bool = False,
+) -> Backend:
+    """module on parameter groups (of parameters that lie on the device), trained as the flags say; weights have to be
+    in place. keep_replica: whether replica() will be asked for. Raises UsageError."""
     try:
-        return create_optimizer(groups, args.opt, lr, args.opt_betas, eps, args.momentum)
-    except ValueError as error:
+        if not args.enable_deepspeed:
+            optimizer = create_optimizer(groups, args.opt, lr, args.opt_betas, eps, args.momentum)
+            return Backend(module, optimizer, device, amp, args.accum_iter, clip_grad, compile)
+        config = deepspeed_config(
+            zero_stage=args.zero_stage, offload=args.offload, fused_adam=args.fused_adam, opt=args.opt, lr=lr,
+            betas=args.opt_betas or (0.9, 0.999), eps=eps, batch_size=args.batch_size, accum_iter=args.accum_iter,
+            world_size=args.world_size, clip_grad=clip_grad, amp=amp, file=args.deepspeed_config,
+        )  # fmt: skip
+        return DeepSpeedBackend(module, groups, device, config, amp, compile, keep_replica)
+    except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -295,6 +368,7 @@ FREE_ON_RESUME = {
     "local_rank", "world_size", "distributed", "dist_url", "dist_on_itp", "save_ckpt_freq", "finetune",
     "use_checkpoint", "checkpoint_modules",
     "eval", "test_num_segment", "test_num_crop", "allow_missing", "test_data_path", "save_ckpt",
+    "save_ckpt_minutes", "keep_last", "enable_deepspeed", "zero_stage", "offload", "fused_adam", "deepspeed_config",
 }  # fmt: skip
 
 
@@ -335,13 +409,14 @@ def saved_defaults(parser: argparse.ArgumentParser, saved: dict, names: Iterable
     return defaults
 
 
-def resume(run, args, found: tuple[Path, dict] | None) -> int:
-    """The epoch to start with: after the checkpoint found, else --start_epoch.
+def resume(run, args, found: tuple[Path, dict] | None, steps_per_epoch: int) -> tuple[int, dict | None]:
+    """The epoch to start with, after the checkpoint found, else --start_epoch; and where in it (EpochRunner.where).
 
-    run.load(path, state) restores a checkpoint and returns the epoch after it. Raises CheckpointError.
+    run.load(path, state) restores the optimizer and the rest, not the weights, and returns the epoch after the last
+    whole one. Raises CheckpointError, UsageError.
     """
     if found is None:
-        return args.start_epoch
+        return args.start_epoch, None
     path, state = found
     saved = saved_args(state, path)
     changed = [
@@ -351,25 +426,102 @@ def resume(run, args, found: tuple[Path, dict] | None) -> int:
     ]
     if saved.get("opt", args.opt) != args.opt:
         raise UsageError(f"--opt {args.opt}: {path} was written with {saved['opt']}, whose state does not carry over")
-    next_epoch = run.load(path, state)
-    log(f"resumed after epoch {next_epoch - 1} from {path}")
+    next_epoch, midway = run.load(path, state), state.get("midway")
+    done = f"{midway['steps']} of {midway['steps_per_epoch']} steps of epoch {next_epoch}" if midway else ""
+    log(f"resumed after {done or f'epoch {next_epoch - 1}'} from {path}")
     if changed:
         log(f"note: flags differ from the run that wrote it: {', '.join(changed)}")
-    return next_epoch
+    with restoring("args", path):
+        before = effective_batch(argparse.Namespace(**vars(args) | saved)) if midway else 0
+    if midway and (midway["steps_per_epoch"], before) != (steps_per_epoch, effective_batch(args)):
+        log(f"note: it had {before} clips a step, this run has {effective_batch(args)}: epoch {next_epoch} starts over")
+        midway = None
+    return next_epoch, midway
+
+
+def save(args, output: Path, state: dict, epoch: int, where: dict | None = None, must: bool = False) -> bool:
+    """Writes checkpoint-N.pth, or checkpoint-N-stepS.pth in mid-epoch, and deletes what it replaces; every process has
+    to call it. Returns whether it was written: a full disk is a warning, and training goes on.
+
+    must: raise UsageError instead.
+    """
+    problem = ""
+    if is_main_process():
+        try:
+            save_checkpoint(output / checkpoint_name(epoch, where and where["steps"]), state)
+            prune_checkpoints(output, args.save_ckpt_freq, args.keep_last)
+        except (CheckpointError, OSError) as error:
+            problem = str(error)
+    problem = everyone(problem)[0]
+    if problem and must:
+        raise UsageError(f"{problem}. Make room there and start the same command again")
+    if problem:
+        log(f"warning: {problem}; training goes on")
+    return not problem
+
+
+def write_deepspeed_configs(output: Path | None, backends: dict[str, Backend]) -> None:
+    """deepspeed_config_NAME.json of each backend that has one."""
+    for name, backend in backends.items():
+        if output and is_main_process() and isinstance(backend, DeepSpeedBackend):
+            (output / f"deepspeed_config_{name}.json").write_text(json.dumps(backend.config, indent=2) + "\n")
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ESTALE, errno.EIO)
+# Beginnings of what torch, gloo and NCCL say, and what it means.
+FAILURES = (
+    (r"DataLoader worker .*(exited unexpectedly|killed by signal)",
+     "a loader process died, for want of memory or by a crash of the decoder; lower --num_workers, and look for broken "
+     "videos with tools/check_videos.py"),
+    (r"DataLoader timed out", "no batch came for half an hour: a loader process hangs, or the disk does"),
+    (r"Connection (closed|reset) by|Broken pipe|NCCL error|NCCL communicator was aborted|gloo.*[Tt]imed out",
+     "lost touch with another process, which has ended or hangs; its own output says why"),
+    (r"CUDA out of memory", "the GPU has too little memory: lower --batch_size (and raise --accum_iter), or set "
+     "--use_checkpoint"),
+)  # fmt: skip
 
 
 def run_script(train: Callable, args) -> None:
-    """train(args), with what the user can put right as one line and a non-zero status."""
+    """train(args), with what the user can put right as one line and a non-zero status; status 75 where training was
+    told to stop and can go on."""
     try:
         train(args)
     except (UsageError, ListError, VideoError, CheckpointError) as error:
         # an error from a loader process comes with that process's traceback around it
         sys.exit(f"error: {str(error).rsplit('VideoError: ', 1)[-1].strip()}")
-    except RuntimeError as error:
-        if not (getattr(args, "compile", False) and isinstance(error, torch._dynamo.exc.TorchDynamoException)):
+    except OSError as error:  # a full or read-only disk, a quota, a lost mount
+        if error.errno not in DISK_ERRORS:
             raise
-        reason = str(error).strip().splitlines()[0]  # no compiler on this machine, say
-        sys.exit(f"error: --compile failed: {reason}; leave it out to train uncompiled")
+        sys.exit(f"error: {error.filename or 'writing'}: {error.strerror}")
+    except Preempted as stop:
+        log(str(stop))
+        _leave_group()
+        sys.exit(EXIT_STATUS if stop.saved else 1)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        if getattr(args, "compile", False) and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            sys.exit(f"error: --compile failed: {reason}; leave it out to train uncompiled")  # no compiler, say
+        for pattern, meaning in FAILURES:
+            if re.search(pattern, str(error)):
+                sys.exit(f"error: {meaning} ({reason})")
+        raise
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _end_loaders()
+    _leave_group()
+
+
+def _end_loaders() -> None:
+    """Loader processes ignore polite signals (datasets/build.py): one that hangs would keep this one from ending."""
+    children = multiprocessing.active_children()
+    if children and threading.current_thread() is threading.main_thread():
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's takes their end for a failure
+        for child in children:
+            child.kill()
+            child.join()
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _leave_group() -> None:
+    """Where all processes end together. One that fails just ends: the others may be waiting for it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -17,7 +17,6 @@ from checkpoint import (
     load_weights,
     model_weights,
     restoring,
-    save_checkpoint,
 )
 from datasets.build import build_pretraining_loader
 from engine_for_pretraining import PretrainRecipe
@@ -26,9 +25,11 @@ from masking_generator import FrameMask, MaskSampler, MotionMask, RandomMask, Tu
 from modeling_adamae import AdaMAE, AdaMAESampler
 from modeling_tats import ATTENTIONS, TATS
 from optim_factory import parameter_groups
+from preemption import Preempted, Watch
 from run_common import (
     SWITCH,
     add_data_flags,
+    add_deepspeed_flags,
     add_model_flags,
     add_optimizer_flags,
     add_process_flags,
@@ -38,7 +39,7 @@ from run_common import (
     create_model,
     describe_schedule,
     find_resume,
-    make_optimizer,
+    make_backend,
     new_parser,
     open_output,
     optimizer_steps,
@@ -46,10 +47,11 @@ from run_common import (
     resolve_amp,
     resume,
     run_script,
+    save,
+    write_deepspeed_configs,
 )
 from utils import (
     UsageError,
-    append_json_line,
     drop_epochs_from,
     format_time,
     init_distributed,
@@ -58,6 +60,7 @@ from utils import (
     rng_state,
     seed_everything,
     set_rng_state,
+    write_log,
 )
 
 # A new mask strategy is one class and one line here. (grid, args, MAE) -> MaskSampler
@@ -154,6 +157,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--crop", default="multiscale", choices=["multiscale", "random_resized"], help="random crop of a clip"
     )
 
+    add_deepspeed_flags(parser)
     add_process_flags(parser)
     parser.set_defaults(
         epochs=800, save_ckpt_freq=50, model="pretrain_videomae_base_patch16_224", drop_path=0.0, lr=1.5e-4,
@@ -179,6 +183,8 @@ def check_flags(args) -> None:
         raise UsageError(f"--decoder_mask_ratio {args.decoder_mask_ratio}: must be at least 0 and less than 1")
     if "sampler" in args.checkpoint_modules and args.mask_type not in ("adamae", "tats"):
         raise UsageError(f"--checkpoint_modules sampler: --mask_type {args.mask_type} has nothing to recompute")
+    if args.compile and args.enable_deepspeed and args.zero_stage == 3:
+        raise UsageError("--compile does not go with --zero_stage 3, whose weights come and go: use 2, or leave it out")
     if args.finetune and args.resume:
         raise UsageError("--finetune starts a run from weights, --resume goes on with one: give one of them")
 
@@ -211,18 +217,23 @@ def ppo_settings(args) -> PPOSettings:
 
 
 class Run:
-    """Models, backends and the state that a checkpoint holds."""
+    """Models, backends and the state that a checkpoint holds. found: the checkpoint to go on from."""
 
-    def __init__(self, args, device: torch.device):
+    def __init__(self, args, device: torch.device, found: tuple[Path, dict] | None = None):
         self.args, self.device = args, device
         self.mae = build_mae(args)
         self.sampler = build_sampler(args, self.mae)
         self.warmup_sampler = RandomMask(self.mae.grid, args.mask_ratio) if args.mask_type == "tats" else None
         for sampler in filter(None, (self.sampler, self.warmup_sampler)):
             sampler.decoder_mask_ratio = args.decoder_mask_ratio
-        if args.finetune:
+        if found:
+            self._load_weights(*found)
+        elif args.finetune:
             load_weights(self.mae, model_weights(load_checkpoint(args.finetune), args.finetune), args.finetune)
             log(f"autoencoder initialised from {args.finetune}")
+        self.num_parameters, self.num_sampler_parameters = (
+            sum(p.numel() for p in module.parameters()) for module in (self.mae, self.sampler)
+        )
         joint = AdaMAE(self.mae, self.sampler) if args.mask_type == "adamae" else self.mae
         self.backend = self._backend(joint, args.lr, args.opt_eps, args.clip_grad, args.amp)
         self.tats_backend = None
@@ -234,32 +245,38 @@ class Run:
         self.sampler.to(device)
 
     def _backend(self, module: torch.nn.Module, lr: float, eps: float, clip_grad: float | None, amp: str) -> Backend:
-        args = self.args
-        optimizer = make_optimizer(args, parameter_groups(module.to(self.device), args.weight_decay), lr, eps)
-        return Backend(module, optimizer, self.device, amp, args.accum_iter, clip_grad, args.compile)
+        groups = parameter_groups(module.to(self.device), self.args.weight_decay)
+        return make_backend(
+            self.args, module, groups, self.device, lr=lr, eps=eps, amp=amp, clip_grad=clip_grad,
+            compile=self.args.compile,
+        )  # fmt: skip
 
-    def state(self, epoch: int, step: int) -> dict:
-        """What checkpoint-N.pth holds; `model` has VideoMAE's names and nothing of the sampler."""
+    @property
+    def learned(self) -> str:
+        """The key of a learned sampler in checkpoints, or ""."""
+        return self.args.mask_type if self.args.mask_type in ("adamae", "tats") else ""
+
+    def state(self, epoch: int, step: int, midway: dict | None = None) -> dict:
+        """What checkpoint-N.pth holds; `model` has VideoMAE's names and nothing of the sampler. epoch: the last whole
+        one; midway: where in the next one training stands. Every process has to ask."""
         state = {
-            "model": self.mae.state_dict(),
+            "model": self.backend.weights(self.mae),
             **self.backend.state_dict(),
             "rng": rng_state(self.device),
             "epoch": epoch,
             "step": step,
             "args": vars(self.args),
         }
-        if self.args.mask_type in ("adamae", "tats"):
-            state[self.args.mask_type] = self.sampler.state_dict()
+        if self.learned:
+            owner = self.tats_backend or self.backend
+            state[self.learned] = owner.weights(self.sampler)
         if self.tats_backend is not None:
             tats = self.tats_backend.state_dict()
             state |= {"tats_optimizer": tats["optimizer"], "tats_scaler": tats["scaler"]}
-        return state
+        return state | ({"midway": midway} if midway else {})
 
-    def load(self, path: Path, state: dict) -> int:
-        """Restores everything; returns the next epoch. Raises CheckpointError."""
-        needed = ["model", "optimizer", "scaler", "rng", "epoch", "args"]
-        if self.args.mask_type in ("adamae", "tats"):
-            needed.append(self.args.mask_type)
+    def _load_weights(self, path: Path, state: dict) -> None:
+        needed = ["model", "optimizer", "scaler", "rng", "epoch", "args"] + [self.learned] * bool(self.learned)
         missing = [key for key in needed if key not in state]
         if missing:
             raise CheckpointError(
@@ -267,8 +284,11 @@ class Run:
                 "to start from its weights alone use --finetune"
             )
         load_weights(self.mae, state["model"], path)
-        if self.args.mask_type in ("adamae", "tats"):
-            load_weights(self.sampler, state[self.args.mask_type], path)
+        if self.learned:
+            load_weights(self.sampler, state[self.learned], path)
+
+    def load(self, path: Path, state: dict) -> int:
+        """Restores all but the weights; returns the epoch after the last whole one. Raises CheckpointError."""
         with restoring("optimizer", path, "--opt, --mask_type, or damaged"):
             self.backend.load_state_dict(state)
             if self.tats_backend is not None:
@@ -293,38 +313,56 @@ def train(args) -> None:
     except (ValueError, ImportError) as error:  # the list, the batch size, a decoder that is not installed
         raise UsageError(str(error)) from error
     steps_per_epoch = optimizer_steps(args, len(loader))
-    run = Run(args, device)
+    found = find_resume(args)
+    if found is None and args.start_epoch >= args.epochs:
+        raise UsageError(f"--start_epoch {args.start_epoch}: there is no such epoch in --epochs {args.epochs}")
+    run = Run(args, device, found)
     seed_everything(args.seed + args.rank)  # dropout and stochastic depth differ between ranks
 
     output, log_writer = open_output(args)
+    write_deepspeed_configs(output, {"mae": run.backend} | ({"tats": run.tats_backend} if run.tats_backend else {}))
     recipe = PretrainRecipe(
         grid=run.mae.grid,
         loss=args.loss,
         normalize_target=args.normalize_target,
         log_writer=log_writer,
+        output=output,
         **recipe_settings(args, device, steps_per_epoch),
     )
-    num_parameters, sampler_parameters = (
-        sum(p.numel() for p in module.parameters()) for module in (run.mae, run.sampler)
-    )
     log(
-        f"{args.model}: {num_parameters / 1e6:.1f} M parameters, {args.mask_type}: {sampler_parameters / 1e6:.1f} M"
+        f"{args.model}: {run.num_parameters / 1e6:.1f} M parameters, {args.mask_type}: "
+        f"{run.num_sampler_parameters / 1e6:.1f} M"
         f"\n{run.sampler.num_tokens} tokens a clip {run.mae.grid}, {run.sampler.num_visible} visible"
         f"\n{describe_schedule(args, recipe)}"
     )
 
-    found = find_resume(args)
-    if found is None and args.start_epoch >= args.epochs:
-        raise UsageError(f"--start_epoch {args.start_epoch}: there is no such epoch in --epochs {args.epochs}")
-    first_epoch = resume(run, args, found)
+    first_epoch, recipe.midway = resume(run, args, found, steps_per_epoch)
+    found = None  # or every process would hold it during the whole run
     if output and is_main_process():
         drop_epochs_from(output / "log.txt", first_epoch)
     if first_epoch >= args.epochs:
         log(f"nothing to do: {args.epochs} epochs are finished")
         return
     start = time.time()
+    with Watch(args.save_ckpt_minutes if output else 0) as recipe.watch:
+        train_epochs(run, loader, recipe, first_epoch, output)
+    if log_writer is not None:
+        log_writer.close()
+    log(f"training took {format_time(time.time() - start)}")
+
+
+def train_epochs(run: Run, loader, recipe: PretrainRecipe, first_epoch: int, output: Path | None) -> None:
+    """Epochs from first_epoch to the last, each logged and, where --save_ckpt_freq says so, saved. Raises Preempted."""
+    args = run.args
+
+    def save_midway(epoch: int, where: dict) -> bool:
+        state = run.state(epoch - 1, epoch * recipe.steps_per_epoch + where["steps"], where)
+        return save(args, output, state, epoch, where)
+
+    recipe.save = save_midway if output else None
     for epoch in range(first_epoch, args.epochs):
-        loader.sampler.set_epoch(epoch)
+        done = recipe.midway["steps"] * args.accum_iter if recipe.midway else 0
+        loader.sampler.set_epoch(epoch, done * loader.batch_size)
         if args.mask_type != "tats":
             stats = engine_for_pretraining.train_one_epoch(
                 run.backend, run.sampler, loader, recipe, epoch, args.adamae_coef
@@ -336,17 +374,15 @@ def train(args) -> None:
                 run.backend, run.tats_backend, loader, recipe, ppo_settings(args), epoch
             )
         check_finite((run.mae, run.sampler), epoch)
-        if output and is_main_process():  # before the checkpoint: a resume takes away lines, it cannot add one
-            record = {f"train_{name}": value for name, value in stats.items()}
-            append_json_line(output / "log.txt", record | {"epoch": epoch, "n_parameters": num_parameters})
-        last = epoch + 1 == args.epochs
-        if output and (last or (epoch + 1) % args.save_ckpt_freq == 0):
-            state = run.state(epoch, (epoch + 1) * steps_per_epoch)  # every rank gives its random state
-            if is_main_process():
-                save_checkpoint(output / f"checkpoint-{epoch}.pth", state)
-    if log_writer is not None:
-        log_writer.close()
-    log(f"training took {format_time(time.time() - start)}")
+        # before the checkpoint: a resume takes away lines, it cannot add one
+        record = {f"train_{name}": value for name, value in stats.items()}
+        write_log(output, record | {"epoch": epoch, "n_parameters": run.num_parameters})
+        last, stop = epoch + 1 == args.epochs, recipe.watch.stops()
+        written = False
+        if output and (last or stop or (epoch + 1) % args.save_ckpt_freq == 0):
+            written = save(args, output, run.state(epoch, (epoch + 1) * recipe.steps_per_epoch), epoch, must=last)
+        if stop and not last:
+            raise Preempted(f"stopped after epoch {epoch}", written)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from importlib import metadata
 from pathlib import Path
 
@@ -30,38 +30,43 @@ def init_distributed(args) -> None:
     """Joins the process group that the launcher describes and sets args.rank, world_size, local_rank, distributed.
 
     torchrun's variables come first (srun sets its own even around torchrun), then Open MPI's (--dist_on_itp), then
-    Slurm's. One process makes no group.
+    those of a Slurm step of several tasks: a batch script or an salloc shell has SLURM_NTASKS too, but is one process.
+    Several processes get torchrun's variables whoever started them; one process makes no group. Raises UsageError.
     """
     env = os.environ
+    slurm = False
     if "RANK" in env:
         rank, world, local = env["RANK"], env.get("WORLD_SIZE", args.world_size), env.get("LOCAL_RANK", args.local_rank)
+        here = env.get("LOCAL_WORLD_SIZE", 1)
     elif args.dist_on_itp:
         try:
-            rank, world, local = (env[f"OMPI_COMM_WORLD_{name}"] for name in ("RANK", "SIZE", "LOCAL_RANK"))
+            rank, world, local, here = (
+                env[f"OMPI_COMM_WORLD_{name}"] for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+            )
         except KeyError as error:
             raise UsageError(f"--dist_on_itp needs a launch by mpirun: {error} is not set") from None
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        rank, world, local = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
-        if "MASTER_ADDR" not in env:
-            hosts = subprocess.run(
-                ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
-            )
-            env["MASTER_ADDR"] = hosts.stdout.split()[0]
+    elif slurm := int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        rank, world, local = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"], env["SLURM_LOCALID"]
+        here = len(env["SLURM_GTIDS"].split(","))  # the step's tasks on this node
+        if args.dist_url == "env://":
+            _set_slurm_master(env)
     else:
-        rank, world, local = 0, 1, 0
+        rank, world, local, here = 0, 1, 0, 1
     args.rank, args.world_size, args.local_rank = int(rank), int(world), max(int(local), 0)
     args.distributed = args.world_size > 1
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here; use --device cpu")
     if args.device == "cuda":
         devices = torch.cuda.device_count()
-        if "SLURM_PROCID" in env:  # Slurm may show each task its own GPU only
-            args.local_rank %= devices
+        if slurm and devices == 1:  # Slurm may show each task its own GPU only
+            args.local_rank = 0
         if args.local_rank >= devices:
             raise UsageError(f"process {args.local_rank} of this node has no GPU of its own: torch sees {devices}")
         torch.cuda.set_device(args.local_rank)
-    if args.distributed:
+    if not args.distributed:
+        return
+    env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(args.local_rank), LOCAL_WORLD_SIZE=str(here))
+    try:
         dist.init_process_group(
             "nccl" if args.device == "cuda" else "gloo",
             init_method=args.dist_url,
@@ -69,6 +74,30 @@ def init_distributed(args) -> None:
             world_size=args.world_size,
             timeout=datetime.timedelta(hours=1),  # one process may test or read longer than the others
         )
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:  # ValueError: no MASTER_ADDR, say
+        place = args.dist_url
+        if place == "env://":
+            place = f"MASTER_ADDR:MASTER_PORT = {env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"process {rank} of {world} did not find the others at {place} ({reason})") from error
+
+
+def _set_slurm_master(env: MutableMapping[str, str]) -> None:
+    """MASTER_ADDR and MASTER_PORT, where not set: the first host of the step, a port of its own for each step of a job.
+    Raises UsageError."""
+    port = 31 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])
+    env.setdefault("MASTER_PORT", str(12000 + port % 20000))  # below the ports the system gives to clients
+    if env.get("MASTER_ADDR"):
+        return
+    nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        env["MASTER_ADDR"] = shown.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        raise UsageError(
+            f"scontrol does not name the hosts of {nodes} ({reason}): set MASTER_ADDR to the first of them"
+        ) from error
 
 
 def is_main_process() -> bool:
@@ -78,11 +107,27 @@ def is_main_process() -> bool:
 def agree(value, what: str) -> None:
     """Raises UsageError on every process unless all have the same value: what one of them alone reads from its disk
     would lead them apart."""
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        if any(other != values[0] for other in values):
-            raise UsageError(f"the processes see different {what} ({values}): --output_dir must be on a shared disk")
+    values = everyone(value)
+    if any(other != values[0] for other in values):
+        raise UsageError(f"the processes see different {what} ({values}): --output_dir must be on a shared disk")
+
+
+def everyone(value) -> list:
+    """The values of all processes, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def total(value: int, device: torch.device) -> int:
+    """The sum over all processes."""
+    if not dist.is_initialized():
+        return value
+    summed = torch.tensor(value, device=device)
+    dist.all_reduce(summed)
+    return int(summed)
 
 
 def barrier() -> None:
@@ -110,11 +155,7 @@ def rng_state(device: torch.device) -> list[dict]:
     state["numpy"] = (name, keys.tolist(), *rest)
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
-    if not dist.is_initialized():
-        return [state]
-    states = [None] * dist.get_world_size()
-    dist.all_gather_object(states, state)
-    return states
+    return everyone(state)
 
 
 def set_rng_state(states: list[dict], device: torch.device) -> None:
@@ -162,7 +203,8 @@ class Metrics:
         self.epoch: dict[tuple[str, ...], list[Tensor]] = {}
 
     def update(self, **values: Tensor) -> None:
-        stacked = torch.stack([value.detach().float() for value in values.values()])
+        # in float64 sums of float32 do not depend on their order, hence not on where a run was interrupted
+        stacked = torch.stack([value.detach().double() for value in values.values()])
         finite = torch.isfinite(stacked)
         names = tuple(values)
         if names not in self.window:
@@ -187,6 +229,24 @@ class Metrics:
             for part in (part for parts in self.epoch.values() for part in parts):
                 dist.all_reduce(part)
         return _means(self.epoch)
+
+    def state(self) -> dict[str, list[list[float]]]:
+        """Sums and counts of the epoch so far over all ranks, {names joined by commas: [sums, counts]}."""
+        self.read_window()
+        summed = {}
+        for names, parts in self.epoch.items():
+            parts = [part.clone() for part in parts]
+            for part in parts if dist.is_initialized() else []:
+                dist.all_reduce(part)
+            summed[",".join(names)] = [part.tolist() for part in parts]
+        return summed
+
+    def load(self, state: dict[str, list[list[float]]], device: torch.device, weight: float = 1.0) -> None:
+        """Goes on from `state`, whose values count `weight` times; the main process holds it for all."""
+        share = weight if is_main_process() else 0.0
+        for names, parts in state.items():
+            parts = [share * torch.tensor(part, dtype=torch.float64, device=device) for part in parts]
+            self.epoch[tuple(names.split(","))] = parts
 
 
 def _means(groups: dict[tuple[str, ...], list[Tensor]]) -> dict[str, float]:
@@ -214,11 +274,11 @@ class Progress:
         self.window_data = 0.0
         self.window_steps = self.window_clips = 0
 
-    def watch(self, loader: Iterable) -> Iterator:
-        """Yields the batches of the epoch; the time inside next() is data wait."""
+    def watch(self, loader: Iterable, start: int = 0) -> Iterator:
+        """Yields the batches of the epoch from number `start` on; the time inside next() is data wait."""
         self._open_window()
         iterator = iter(loader)
-        for _ in range(self.steps):
+        for _ in range(start, self.steps):
             start = time.perf_counter()
             batch = next(iterator)
             self.window_data += time.perf_counter() - start
@@ -290,10 +350,20 @@ def write_run_description(path: Path, args) -> None:
 
 
 def append_json_line(path: Path, record: dict) -> None:
-    """log.txt as VideoMAE writes it: one JSON object a line."""
-    with open(path, "a") as file:
-        record = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
-        file.write(json.dumps(record) + "\n")
+    """log.txt as VideoMAE writes it: one JSON object a line. Raises OSError."""
+    record = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
+    with open(path, "ab+") as file:
+        torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"  # by a full disk, once
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+
+
+def write_log(output: Path | None, record: dict) -> None:
+    """A line of log.txt, by the main process; a full disk is a warning: losing a line is better than losing the run."""
+    if output and is_main_process():
+        try:
+            append_json_line(output / "log.txt", record)
+        except OSError as error:
+            log(f"warning: {output / 'log.txt'} lacks epoch {record['epoch']} ({error.strerror}): {record}")
 
 
 def drop_epochs_from(path: Path, epoch: int) -> None:

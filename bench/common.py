@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -90,10 +90,19 @@ def ratio(times: list[float], reference: list[float] | None) -> str:
     return f"{statistics.median(t / r for t, r in zip(times, reference, strict=True)):.2f}"
 
 
+for end in ("", "_backward"):  # torch before 2.15 does not count the CPU's kernel
+    kernel = "_scaled_dot_product_flash_attention"
+    counted, on_cpu = (getattr(torch.ops.aten, f"{kernel}{place}{end}") for place in ("", "_for_cpu"))
+    flop_registry.setdefault(on_cpu, flop_registry[counted])
+
+
 def count_flop(call: Callable[[], object]) -> int:
     """Multiplications and additions of the matrix products and fused attention that call runs, recomputed ones too;
     elementwise operations, norms, softmaxes, sorts and the optimizer are not in it. Compiled modules run eagerly."""
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    with (
+        torch.compiler.set_stance("force_eager"),
+        FlopCounterMode(display=False) as counter,
+    ):
         call()
     return counter.get_total_flops()
 

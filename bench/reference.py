@@ -9,7 +9,7 @@ from checkpoint import load_weights, model_weights
 from engine_for_pretraining import PretrainRecipe, masked_error, to_device
 from masking_generator import MaskSampler
 from optim_factory import parameter_groups
-from run_common import make_optimizer
+from run_common import make_backend
 from utils import UsageError
 
 
@@ -29,8 +29,10 @@ def build_reference(mae: nn.Module, sampler: MaskSampler, batch: dict, recipe: P
     if args.use_checkpoint:
         model.gradient_checkpointing_enable()
     model.no_weight_decay = mae.no_weight_decay
-    optimizer = make_optimizer(args, parameter_groups(model, args.weight_decay), args.lr, args.opt_eps)
-    return Backend(model.train(), optimizer, device, args.amp, args.accum_iter, args.clip_grad)
+    groups = parameter_groups(model, args.weight_decay)
+    return make_backend(
+        args, model.train(), groups, device, lr=args.lr, eps=args.opt_eps, amp=args.amp, clip_grad=args.clip_grad
+    )
 
 
 def reference_steps(backend: Backend, sampler: MaskSampler, batch: dict, recipe: PretrainRecipe) -> None:

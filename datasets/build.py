@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 from typing import NamedTuple
 
 import numpy as np
@@ -46,10 +47,11 @@ class EpochSampler(Sampler):
     def __init__(self, num_videos, seed, rank=0, world_size=1, shuffle=True):
         self.num_videos, self.seed, self.shuffle = num_videos, seed, shuffle
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch = self.start = 0
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def set_epoch(self, epoch, start=0):
+        """start: entries of this rank to leave out, which a run that was interrupted has had."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self):
         return self.num_videos // self.world_size
@@ -58,7 +60,7 @@ class EpochSampler(Sampler):
         order = np.arange(self.num_videos)
         if self.shuffle:
             np.random.default_rng([self.seed, self.epoch]).shuffle(order)
-        for index in order[: len(self) * self.world_size][self.rank :: self.world_size].tolist():
+        for index in order[: len(self) * self.world_size][self.rank :: self.world_size][self.start :].tolist():
             mixed = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1, np.uint64)
             yield index, int(mixed[0] >> np.uint64(1))  # 63 bits: fits int64
 
@@ -189,11 +191,13 @@ def _worker_settings(args):
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and args.device == "cuda",
         persistent_workers=args.num_workers > 0,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         # torch draws a seed for the workers: from here, so that the training process's random state is its own
         generator=torch.Generator().manual_seed(args.seed),
     )
 
 
-def _one_thread(worker_id):
+def _start_worker(worker_id):
     torch.set_num_threads(1)  # workers share the cores with one another and with the training process
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler sends them to all: the training process decides
+        signal.signal(number, signal.SIG_IGN)

@@ -5,7 +5,9 @@
 #   MODEL_PATH   fine-tuning: checkpoint to start from (required; none: train from scratch)
 #   OUTPUT_DIR   default output/<name of the script's run>
 #   GPUS         processes on this node; 0 = CPU (default: the GPUs nvidia-smi lists)
-#   NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes
+#   NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes: the same command on each with its own NODE_RANK
+#   NODES, RDZV_ENDPOINT=host:port   or: the same command on all, which meet at a port of one of them, another port for
+#                each run, and number themselves; LOCAL_ADDR where a node's name does not lead the others to it
 #   PYTHON       interpreter (default: .venv's, else python3)
 #   MODEL  MASK_RATIO  BATCH_SIZE (a process)  NUM_SAMPLE  ACCUM_ITER  EPOCHS  WARMUP_EPOCHS  LR  NUM_WORKERS  SAVE_FREQ
 #   SEED
@@ -18,22 +20,35 @@ if [ -z "${PYTHON:-}" ]; then
     [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$REPOSITORY/.venv/bin/python" ] && PYTHON=$REPOSITORY/.venv/bin/python
 fi
 
-# launch SCRIPT FLAGS...: one plain process for GPUS 0 or 1, or where srun has started the processes; else torchrun.
+# launch SCRIPT FLAGS...: one plain process for GPUS 0 or 1, or where torchrun, mpirun or srun started the processes; else
+# torchrun. It takes the place of this shell, which would die of a signal meant for Python: nothing after it runs.
 launch() {
     local script=$REPOSITORY/$1
     shift
     local gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)} nodes=${NODES:-1}
     local command=("$PYTHON")
-    if [ "${SLURM_NTASKS:-1}" -le 1 ] && { [ "$gpus" -gt 1 ] || [ "$nodes" -gt 1 ]; }; then
-        command+=(-m torch.distributed.run --nproc_per_node "$((gpus > 0 ? gpus : 1))" --nnodes "$nodes"
-            --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
+    if [ -z "${RANK:-}${OMPI_COMM_WORLD_RANK:-}" ] && [ "${SLURM_STEP_NUM_TASKS:-1}" -le 1 ] &&
+        { [ "$gpus" -gt 1 ] || [ "$nodes" -gt 1 ]; }; then
+        export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # what torchrun passes on to the processes
+        command+=(-m torch.distributed.run --nproc_per_node "$((gpus > 0 ? gpus : 1))" --nnodes "$nodes")
+        if [ -n "${RDZV_ENDPOINT:-}" ]; then
+            command+=(--rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "${SLURM_JOB_ID:-tats}")
+            if [ -n "${LOCAL_ADDR:-}" ]; then
+                local host=0
+                [ "${RDZV_ENDPOINT%:*}" != "$LOCAL_ADDR" ] || host=1
+                command+=(--local_addr "$LOCAL_ADDR" --rdzv_conf "is_host=$host")
+            fi
+        else
+            command+=(--node_rank "${NODE_RANK:-0}"
+                --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
+        fi
     fi
     command+=("$script" "$@")
     if [ "$gpus" -eq 0 ]; then command+=(--device cpu); fi
     if [ -n "${DRY_RUN:-}" ]; then
         printf '%s\n' "${command[@]}"
     else
-        "${command[@]}"
+        exec "${command[@]}"
     fi
 }
 

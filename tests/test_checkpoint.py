@@ -66,8 +66,10 @@ def unpicklable(state, file, save=torch.save):
 def test_a_failed_save_leaves_the_old_file_whole(path, monkeypatch, fail):
     save_checkpoint(path, make_state(1))
     monkeypatch.setattr(checkpoint.torch, "save", fail)
-    with pytest.raises((OSError, AttributeError, pickle.PicklingError)):
+    with pytest.raises((CheckpointError, AttributeError, pickle.PicklingError)) as failure:
         save_checkpoint(path, make_state(2))
+    if fail is fill_the_disk:
+        assert str(failure.value) == f"{path}: cannot be written (No space left on device); older checkpoints are whole"
     assert load_checkpoint(path)["epoch"] == 1
     assert checkpoint_files(path.parent) == [path]  # what is left of the failed one is not taken for a checkpoint
     monkeypatch.undo()
@@ -80,7 +82,7 @@ def test_the_new_file_is_on_disk_before_it_replaces_the_old_one(path, monkeypatc
     monkeypatch.setattr(checkpoint.os, "fsync", lambda *args: calls.append("fsync") or fsync(*args))
     monkeypatch.setattr(checkpoint.os, "replace", lambda *args: calls.append("replace") or replace(*args))
     save_checkpoint(path, make_state())
-    assert calls == ["fsync", "replace"]
+    assert calls == ["fsync", "replace", "fsync"]  # the last: of the folder, so that the new name stays too
 
 
 def test_a_checkpoint_holding_videomaes_arguments_loads(path):

@@ -33,6 +33,7 @@ ALLOWED = {
     "backend": set(),
     "checkpoint": set(),
     "utils": set(),
+    "preemption": set(),
     "datasets.transforms": set(),
     "datasets.moving_shapes": set(),
     "datasets.video": set(),
@@ -40,7 +41,7 @@ ALLOWED = {
     "modeling_pretrain": {"modeling_finetune", "masking_generator"},
     "modeling_tats": {"modeling_finetune", "masking_generator", "trajectory_attention"},
     "modeling_adamae": {"modeling_finetune", "masking_generator", "modeling_tats"},
-    "epoch_runner": {"backend", "optim_factory", "utils"},
+    "epoch_runner": {"backend", "optim_factory", "preemption", "utils"},
     "engine_for_pretraining": {
         "backend",
         "datasets.transforms",
@@ -57,7 +58,15 @@ ALLOWED = {
     "tools.make_subset": {"datasets.video", "tools.common", "utils"},
     "tools.check_videos": {"datasets.video", "tools.common", "utils"},
     "tools.resize_videos": {"datasets.video", "tools.common", "utils"},
-    "run_common": {"checkpoint", "datasets.transforms", "datasets.video", "optim_factory", "utils"},
+    "run_common": {
+        "backend",
+        "checkpoint",
+        "datasets.transforms",
+        "datasets.video",
+        "optim_factory",
+        "preemption",
+        "utils",
+    },
 }
 
 

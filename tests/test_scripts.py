@@ -1,6 +1,7 @@
 """Every shell script parses against the real flags, refuses to run without data, and runs on small data."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import run_mae_pretraining
 from datasets.moving_shapes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
+SBATCH = sorted((ROOT / "scripts").rglob("*.sbatch"))
 SCRIPTS = sorted(path for path in (ROOT / "scripts").rglob("*.sh") if path.name != "common.sh")
 PRETRAIN = [path for path in SCRIPTS if path.name.startswith("pretrain_") and path.parent.name != "demo"]
 FINETUNE = [path for path in SCRIPTS if path.name == "finetune.sh" and path.parent.name != "demo"]
@@ -97,12 +99,6 @@ def test_environment_and_extra_flags_override():
     assert launcher[1:7] == ["-m", "torch.distributed.run", "--nproc_per_node", "4", "--nnodes", "2"]
 
 
-def test_srun_starts_the_processes_itself():
-    env = dict(DATA_PATH="l", GPUS="4", NODES="2", SLURM_NTASKS="8")
-    _, launcher = parsed(ROOT / "scripts/ssv2/pretrain_tats.sh", **env)
-    assert len(launcher) == 1
-
-
 def test_demo_parses():
     args, launcher = parsed(ROOT / "scripts/demo/pretrain_tats.sh", "--seed", "3")
     assert (args.mask_type, args.seed, args.device, len(launcher)) == ("tats", 3, "cpu", 1)
@@ -110,7 +106,28 @@ def test_demo_parses():
 
 def test_no_script_is_left_out():
     demo = {ROOT / "scripts/demo/pretrain_tats.sh", ROOT / "scripts/demo/finetune.sh"}
-    assert set(SCRIPTS) - set(PRETRAIN) - set(FINETUNE) == demo
+    slurm = {ROOT / "scripts/slurm" / name for name in ("run.sh", "test_local.sh", "test_two_hosts.sh")}
+    assert set(SCRIPTS) - set(PRETRAIN) - set(FINETUNE) == demo | slurm
+    assert {path.name for path in SBATCH} == {"pretrain.sbatch", "finetune.sbatch"}
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *SBATCH], ids=lambda p: str(p.relative_to(ROOT / "scripts")))
+def test_script_is_sound(path):
+    """bash reads it, and the scripts it names are there."""
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    text = path.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n")
+    for name in re.findall(r"scripts/[\w/]+\.(?:sh|sbatch)", text):
+        assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("path", SBATCH, ids=lambda p: p.stem)
+def test_batch_file_asks_for_what_a_restart_needs(path):
+    options = re.findall(r"^#SBATCH --(\S+)$", path.read_text(), re.MULTILINE)
+    assert {"signal=USR1@120", "requeue", "open-mode=append"} < set(options)
+    edited = {option.split("=")[0] for option in options if "=" in option}
+    assert {"partition", "nodes", "gpus-per-node", "ntasks-per-node", "cpus-per-task", "time"} < edited
+    assert "scripts/slurm/run.sh" in path.read_text().splitlines()[-1]
 
 
 def test_missing_paths_are_said():

@@ -8,6 +8,7 @@ output=${OUTPUT_DIR:-$REPOSITORY/output/demo}
 
 # Random masks until the loss is clearly below 1 (epoch 9), then TATS. Next to the paper's settings (scripts/common.sh) a
 # run of minutes needs a larger --tats_lr, and a smaller --entropy_coef lets the sampler choose more sharply.
+( # launch ends its shell
 GPUS=0 launch run_mae_pretraining.py \
     --data_path "$output/data/train.csv" \
     --output_dir "$output/tats" \
@@ -34,6 +35,7 @@ GPUS=0 launch run_mae_pretraining.py \
     --print_freq 40 \
     --num_workers 1 \
     "$@"
+)
 
 [ -z "${DRY_RUN:-}" ] || exit 0
 "$PYTHON" "$REPOSITORY/run_mae_vis.py" \

@@ -1,0 +1,80 @@
+"""Stopping in time: a scheduler's signals and the clock, agreed upon by all processes between two steps."""
+
+import signal
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+
+EXIT_STATUS = 75  # EX_TEMPFAIL: saved, start me again (scripts/slurm requeues on it)
+GO_ON, SAVE, STOP = range(3)
+
+
+class Preempted(Exception):
+    """Training stopped for a signal; the message says where. saved: whether a resume goes on from there."""
+
+    def __init__(self, message: str, saved: bool):
+        super().__init__(f"{message}; " + ("saved: the same command goes on from here" if saved else "nothing saved"))
+        self.saved = saved
+
+
+class Watch:
+    """A context in which SIGTERM and SIGUSR1 do not kill but are remembered, and a clock that asks for saves.
+
+    One process may get a signal earlier than another, and all have to save the same step: decide() is called by all
+    after every step. It costs no wait: the answer is that of the step before, which has crossed the network meanwhile.
+    save_minutes: between two saves; 0: none by the clock.
+    """
+
+    def __init__(self, save_minutes: float = 0.0):
+        self.save_seconds = 60 * save_minutes
+        self.started = time.monotonic()
+        self.signal = ""
+        # of its own, so that it runs beside NCCL and beside collectives of training
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self.pending: tuple | None = None
+
+    def __enter__(self):
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self.before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number, frame):
+        self.signal = signal.Signals(number).name
+
+    def _wish(self) -> int:
+        if self.signal:
+            return STOP
+        if self.save_seconds and time.monotonic() - self.started >= self.save_seconds:
+            self.started = time.monotonic()
+            return SAVE
+        return GO_ON
+
+    def decide(self) -> int:
+        """GO_ON, SAVE or STOP: the most urgent wish of any process, one call late where there are several."""
+        wish = self._wish()
+        if self.group is None:
+            return wish
+        answer = self._answer()
+        flag = torch.tensor([wish])
+        self.pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, self.group, async_op=True), flag)
+        return answer
+
+    def stops(self) -> bool:
+        """Whether a signal has reached any process so far; waits for all of them. For the end of an epoch."""
+        return self.decide() == STOP or (self.group is not None and self._answer() == STOP)
+
+    def _answer(self) -> int:
+        if self.pending is None:
+            return GO_ON
+        work, flag = self.pending
+        self.pending = None
+        work.wait()
+        return int(flag)
