@@ -13,6 +13,7 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import time
 import zipfile
 from pathlib import Path
@@ -43,7 +44,6 @@ from datasets.video import EvalVideoDataset, ListError, TrainVideoDataset, Video
 from tools import check_videos, make_lists, make_subset, resize_videos
 from tools.common import in_processes
 
-ROOT = Path(__file__).resolve().parents[1]
 LISTS, VIDEOS, REAL_VIDEOS, FILES, STATES, ANNOTATIONS = 1000, 150, 60, 300, 100, 30  # random cases; others come on top
 SECONDS = 20  # for one input, on a busy machine
 SMALL = [
@@ -54,6 +54,20 @@ PRETRAIN = ["--model", "pretrain_videomae_tiny_patch8_64", "--decoder_depth", "1
 TATS_NOW = ["--mask_type", "tats", "--tats_start_epoch", "0", "--num_landmarks", "4"]
 FINETUNE = ["--data_set", "custom", "--nb_classes", "10", "--model", "vit_tiny_patch8_64", "--test_num_segment", "1",
             "--test_num_crop", "1", *SMALL]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_hang():
+    """What waits for ever, for a pipe's writer say, fails."""
+
+    def ring(*_):
+        raise TimeoutError("hangs")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @contextlib.contextmanager
