@@ -15,13 +15,17 @@ from timm.utils import ModelEmaV3
 import modeling_finetune
 from checkpoint import (
     CheckpointError,
+    check_moments,
+    check_run_state,
     encoder_weights,
     load_checkpoint,
     load_encoder,
     load_weights,
     model_weights,
     position_grid,
+    restoring,
     save_checkpoint,
+    saved_args,
 )
 from datasets.build import DATA_SETS, build_evaluation_loader, build_finetuning_loader
 from datasets.video import VideoError
@@ -46,6 +50,7 @@ from run_common import (
     add_optimizer_flags,
     add_process_flags,
     add_run_flags,
+    check_finite,
     check_ranges,
     create_model,
     describe_schedule,
@@ -59,6 +64,7 @@ from run_common import (
     resume,
     run_script,
     save,
+    saved_defaults,
     write_deepspeed_configs,
 )
 from utils import (
@@ -185,9 +191,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = get_parser()
     args = parser.parse_args(arguments)
     if args.eval:
-        saved = find_finished(args)[1].get("args", {})
-        if isinstance(saved, dict) and "nb_classes" in saved:  # written by this script
-            parser.set_defaults(**{name: saved[name] for name in TEST_FLAGS if name in saved})
+        path, state = find_finished(args)
+        saved = saved_args(state, path)
+        if isinstance(state.get("args"), dict) and "nb_classes" in saved:  # written by this script
+            parser.set_defaults(**saved_defaults(parser, saved, TEST_FLAGS, path))
             args = parser.parse_args(arguments)
     if args.linear_probe or args.attentive_probe:
         parser.set_defaults(**PROBE_DEFAULTS)
@@ -204,10 +211,14 @@ def check_flags(args) -> None:
         args,
         at_least_1="test_num_segment test_num_crop recount",
         not_negative="init_scale mixup cutmix",
+        at_most_1000="test_num_segment test_num_crop recount",
         rates="drop fc_drop_rate attn_drop_rate smoothing model_ema_decay",
     )
     if not 0 < args.layer_decay <= 1:
         raise UsageError(f"--layer_decay {args.layer_decay}: must be greater than 0 and at most 1 (1: none)")
+    for name in ("mixup", "cutmix"):
+        if 0 < getattr(args, name) < 1e-6:  # the beta distribution's draws would not be numbers
+            raise UsageError(f"--{name} {getattr(args, name)}: must be 0 or at least 1e-6")
     for name in ("reprob", "mixup_prob", "mixup_switch_prob"):
         if not 0 <= getattr(args, name) <= 1:
             raise UsageError(f"--{name} {getattr(args, name)}: a probability, from 0 to 1")
@@ -221,6 +232,8 @@ def check_flags(args) -> None:
         args.nb_classes = data_set.num_classes
     if args.nb_classes is None or args.nb_classes < 2:
         raise UsageError(f"--data_set {args.data_set} needs --nb_classes, the number of classes, at least 2")
+    if args.nb_classes > 10_000:  # the test's table of confusions has its square
+        raise UsageError(f"--nb_classes {args.nb_classes}: at most 10000")
     if data_set.num_classes not in (None, args.nb_classes):
         raise UsageError(
             f"--nb_classes {args.nb_classes}: {args.data_set} has {data_set.num_classes}; for other lists use "
@@ -232,8 +245,8 @@ def check_flags(args) -> None:
         args.num_segments = args.num_frames if data_set.segments else 1
     if args.num_segments < 1 or args.num_frames % args.num_segments:
         raise UsageError(f"--num_segments {args.num_segments}: must divide --num_frames {args.num_frames}")
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        raise UsageError(f"--crop_pct {args.crop_pct}: must be greater than 0 and at most 1")
+    if args.crop_pct is not None and not 0.01 <= args.crop_pct <= 1:
+        raise UsageError(f"--crop_pct {args.crop_pct}: must be at least 0.01 and at most 1")
     if args.short_side_size is None:
         args.short_side_size = math.ceil(args.input_size / (args.crop_pct or 1))
     elif args.crop_pct is not None:
@@ -242,6 +255,8 @@ def check_flags(args) -> None:
         raise UsageError(
             f"--short_side_size {args.short_side_size} is less than --input_size {args.input_size}: crops do not fit"
         )
+    if args.short_side_size > 100 * args.input_size:
+        raise UsageError(f"--short_side_size {args.short_side_size}: at most 100 times --input_size {args.input_size}")
 
     if args.linear_probe and args.attentive_probe:
         raise UsageError("--linear_probe and --attentive_probe: give one of them")
@@ -397,11 +412,11 @@ class Run:
         """Restores all but the weights; returns the epoch after the last whole one. Raises CheckpointError."""
         if self.ema:
             load_weights(self.ema.module, state["model_ema"], path)
-        try:
+        with restoring("optimizer", path, "--opt, --layer_decay, or damaged"):
             self.backend.load_state_dict(state)
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: its optimizer does not fit (--opt, --layer_decay): {error}") from error
-        set_rng_state(state["rng"], self.device)
+            check_moments(self.backend.optimizer, path)
+        with restoring("random state", path):
+            set_rng_state(state["rng"], self.device)
         self.best, self.unvalidated = state["best"], state.get("unvalidated")
         return state["epoch"] + 1
 
@@ -501,7 +516,7 @@ def run_finetuning(args) -> None:
 
     found = find_resume(args)
     if found:
-        weights = found[1].get("model", {})
+        weights = model_weights(found[1], found[0], ("model",), drop=())
         model = build_classifier(args, weights.get("encoder.pos_embed", weights.get("pos_embed")))
     elif args.start_epoch >= args.epochs:
         raise UsageError(f"--start_epoch {args.start_epoch}: there is no such epoch in --epochs {args.epochs}")
@@ -557,7 +572,9 @@ def read_best(output: Path) -> dict:
     if not (output / BEST).exists():
         return {}
     try:
-        return load_checkpoint(output / BEST)
+        state = load_checkpoint(output / BEST)
+        check_run_state(state, output / BEST)
+        return state
     except CheckpointError as error:
         log(f"warning: {error}; going on without it")
         return {}
@@ -566,8 +583,8 @@ def read_best(output: Path) -> dict:
 def is_tested(output: Path, settings: dict) -> bool:
     """Whether test.json is there and about these settings."""
     try:
-        return settings.items() <= json.loads((output / "test.json").read_text()).items()
-    except (OSError, ValueError):
+        return settings.items() <= dict(json.loads((output / "test.json").read_text())).items()
+    except (OSError, ValueError, TypeError):  # absent, cut off, or something else
         return False
 
 
@@ -653,6 +670,7 @@ def train_epochs(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: i
         done = recipe.midway["steps"] * args.accum_iter if recipe.midway else 0
         loaders["train"].sampler.set_epoch(epoch, done * loaders["train"].batch_size)
         stats = train_one_epoch(run.backend, loaders["train"], recipe, epoch, run.ema)
+        check_finite((run.backend.raw,), epoch)
         stats = {f"train_{name}": value for name, value in stats.items()}
         run.unvalidated, problem = None, None
         last, stop = epoch + 1 == args.epochs, recipe.watch.stops()
