@@ -50,7 +50,6 @@ from run_common import (
     add_optimizer_flags,
     add_process_flags,
     add_run_flags,
-    check_finite,
     check_ranges,
     create_model,
     describe_schedule,
@@ -670,7 +669,6 @@ def train_epochs(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: i
         done = recipe.midway["steps"] * args.accum_iter if recipe.midway else 0
         loaders["train"].sampler.set_epoch(epoch, done * loaders["train"].batch_size)
         stats = train_one_epoch(run.backend, loaders["train"], recipe, epoch, run.ema)
-        check_finite((run.backend.raw,), epoch)
         stats = {f"train_{name}": value for name, value in stats.items()}
         run.unvalidated, problem = None, None
         last, stop = epoch + 1 == args.epochs, recipe.watch.stops()

@@ -225,16 +225,6 @@ def check_ranges(
     check_deepspeed(args)
 
 
-def check_finite(modules: Iterable[torch.nn.Module], epoch: int) -> None:
-    """Raises UsageError where an epoch has left weights that are not finite: they must not get into a checkpoint."""
-    finite = [p.isfinite().all() for module in modules for p in module.parameters()]
-    if finite and not torch.stack(finite).all():
-        raise UsageError(
-            f"epoch {epoch} has left weights that are not finite, no checkpoint is written: lower --lr or --tats_lr, "
-            "set --clip_grad, and start again, from the last checkpoint where there is one"
-        )
-
-
 def resolve_amp(args) -> None:
     if args.amp == "auto":
         args.amp = (
@@ -443,9 +433,15 @@ def save(args, output: Path, state: dict, epoch: int, where: dict | None = None,
     """Writes checkpoint-N.pth, or checkpoint-N-stepS.pth in mid-epoch, and deletes what it replaces; every process has
     to call it. Returns whether it was written: a full disk is a warning, and training goes on.
 
-    must: raise UsageError instead.
+    must: raise UsageError instead. Weights that are not finite are one in any case: a checkpoint of them is worse than
+    the one before.
     """
-    problem = ""
+    problem, diverged = "", is_main_process() and not is_finite(state)
+    if everyone(diverged)[0]:
+        raise UsageError(
+            f"weights that are not finite in epoch {epoch}, no checkpoint is written: lower --lr or --tats_lr, set "
+            "--clip_grad, and start again; with the last checkpoint where there is one"
+        )
     if is_main_process():
         try:
             save_checkpoint(output / checkpoint_name(epoch, where and where["steps"]), state)
@@ -458,6 +454,12 @@ def save(args, output: Path, state: dict, epoch: int, where: dict | None = None,
     if problem:
         log(f"warning: {problem}; training goes on")
     return not problem
+
+
+def is_finite(state: dict) -> bool:
+    """Whether all weights in a checkpoint's state are."""
+    weights = [value for part in ("model", "adamae", "tats") for value in state.get(part, {}).values()]
+    return bool(torch.stack([value.isfinite().all() for value in weights]).all())
 
 
 def write_deepspeed_configs(output: Path | None, backends: dict[str, Backend]) -> None:

@@ -34,7 +34,6 @@ from run_common import (
     add_optimizer_flags,
     add_process_flags,
     add_run_flags,
-    check_finite,
     check_ranges,
     create_model,
     describe_schedule,
@@ -373,7 +372,6 @@ def train_epochs(run: Run, loader, recipe: PretrainRecipe, first_epoch: int, out
             stats = engine_for_tats.train_one_epoch(
                 run.backend, run.tats_backend, loader, recipe, ppo_settings(args), epoch
             )
-        check_finite((run.mae, run.sampler), epoch)
         # before the checkpoint: a resume takes away lines, it cannot add one
         record = {f"train_{name}": value for name, value in stats.items()}
         write_log(output, record | {"epoch": epoch, "n_parameters": run.num_parameters})
