@@ -36,7 +36,7 @@ from engine_for_finetuning import (
     train_one_epoch,
 )
 from optim_factory import parameter_groups
-from preemption import Preempted, Watch
+from preemption import Preempted, Watch, stop_at_once
 from reports import class_names, write_report
 from run_common import (
     SWITCH,
@@ -487,6 +487,7 @@ def test(model: torch.nn.Module, loader, recipe: FinetuneRecipe, args, source: s
 def run_finetuning(args) -> None:
     check_flags(args)
     init_distributed(args)
+    stop_at_once()
     resolve_amp(args)
     device = torch.device(args.device, args.local_rank) if args.device == "cuda" else torch.device("cpu")
     seed_everything(args.seed)  # the same weights on every rank
@@ -535,6 +536,8 @@ def run_finetuning(args) -> None:
         log_epoch(output, run, stats, first_epoch - 1)
         run.unvalidated = None
     if not finished:
+        if stores_features(args):
+            store_probe_features(run, loaders, recipe)
         with Watch(args.save_ckpt_minutes if output and args.save_ckpt else 0) as recipe.watch:
             train(run, loaders, recipe, first_epoch, output)
     loaders = {"test": loaders["test"]}  # ends the worker processes of the others
@@ -558,7 +561,7 @@ def read_best(output: Path) -> dict:
     if not (output / BEST).exists():
         return {}
     try:
-        return load_checkpoint(output / BEST)
+        return load_checkpoint(output / BEST, verify=True)
     except CheckpointError as error:
         log(f"warning: {error}; going on without it")
         return {}
@@ -632,8 +635,6 @@ def train(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, out
     start = time.time()
     if output and is_main_process():
         (output / "test.json").unlink(missing_ok=True)  # it is about other weights
-    if stores_features(args):
-        store_probe_features(run, loaders, recipe)
 
     def save_midway(epoch: int, where: dict) -> bool:
         average_batch_norm(run.backend.raw, run.device)  # one file for all processes
