@@ -5,8 +5,10 @@ import contextlib
 import io
 import itertools
 import math
+import numbers
 import os
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -77,6 +79,8 @@ def load_checkpoint(path: str | Path, verify: bool = False) -> dict:
     verify: compare the checksums too, which torch writes and does not read (others can leave them out).
     Raises CheckpointError.
     """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise CheckpointError(f"{path}: not a regular file")  # a pipe or a device would be waited for
     try:
         if verify and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -84,7 +88,8 @@ def load_checkpoint(path: str | Path, verify: bool = False) -> dict:
                     raise ValueError("checksum")
         if str(path).endswith(".safetensors"):
             return {"model": safetensors.torch.load_file(path)}
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols that a damaged file seems to have
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint (file or folder)") from None
@@ -131,20 +136,27 @@ def prune_checkpoints(folder: Path, every: int, keep_last: int = 0) -> None:
 
 
 def latest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint of a folder that can be read; an unreadable one is named and passed over. None where the
+    """The newest checkpoint of a folder that can be read; one that is damaged is named and passed over. None where the
     folder has none at all. Raises CheckpointError where none can be read: starting afresh would write over the run."""
     files = checkpoint_files(folder)
     for path in files:
         try:
-            return path, load_checkpoint(path, verify=True)
+            return path, load_run(path)
         except CheckpointError as error:
             print(f"warning: {error}; trying the one before it", flush=True)
     if files:
         raise CheckpointError(
-            f"{folder}: none of its checkpoints can be read ({', '.join(path.name for path in files)}): choose another "
-            "--output_dir, or start over here with --no-auto_resume"
+            f"{folder}: none of its checkpoints can be read ({', '.join(path.name for path in files)}); to start over "
+            "there use --no-auto_resume"
         )
     return None
+
+
+def load_run(path: str | Path) -> dict:
+    """load_checkpoint of a file that a run of this project wrote, its checksums and content checked."""
+    state = load_checkpoint(path, verify=True)
+    check_run_state(state, path)
+    return state
 
 
 def set_aside_later(folder: Path, epoch: int, steps: float, found: Path | None) -> list[Path]:
@@ -177,11 +189,18 @@ def model_weights(
         if isinstance(state.get(key), dict):
             state = state[key]
             break
-    weights = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    weights = {
+        name.removeprefix("module."): value
+        for name, value in state.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
     if not weights:
         raise CheckpointError(f"{path}: holds no weights under {', '.join(map(repr, keys))} or at its top level")
     if any(name.startswith("videomae.") for name in weights):
-        weights = from_huggingface(weights)
+        with restoring("Hugging Face weights", path, "names missing or shapes that do not go together"):
+            weights = from_huggingface(weights)
+    for table in filter(lambda x: x is not None, map(weights.get, ("pos_embed", "encoder.pos_embed"))):
+        check_position_table(table, path)
     return {name: value for name, value in weights.items() if not name.startswith(drop)}
 
 
@@ -255,35 +274,144 @@ def resize_position_table(table: Tensor, old_grid: tuple[int, int, int], new_gri
     return volume.flatten(2).transpose(1, 2).to(table.dtype)
 
 
+def check_position_table(table: Tensor, path: str | Path) -> None:
+    """Raises CheckpointError where it is not one float table [1, N, D] with memory for all its values."""
+    if (
+        not isinstance(table, Tensor)
+        or (table.ndim, table.layout, table.is_floating_point(), table.is_meta) != (3, torch.strided, True, False)
+        or len(table) != 1
+        or not 0 < table.nbytes <= table.untyped_storage().nbytes()
+    ):
+        kind = f"{_kind(table)} {tuple(table.shape)}" if isinstance(table, Tensor) else _kind(table)
+        raise CheckpointError(f"{path}: its pos_embed is {kind}, not a table of positions [1, N, D]")
+
+
 def position_grid(state: dict, table: Tensor, grid: tuple[int, int, int], tubelet: int, path: str | Path):
     """(t, h, w) of a position table [1, N, D]: frames from the checkpoint's args where it has them, else as many as
     `grid`; square in space. Raises CheckpointError where that does not come out."""
-    args = state.get("args", {})
-    args = args if isinstance(args, dict) else vars(args)
-    t = args["num_frames"] // tubelet if "num_frames" in args else grid[0]
-    side = math.isqrt(table.shape[1] // t)
-    if t * side * side != table.shape[1]:
-        raise CheckpointError(f"{path}: its {table.shape[1]} positions are not {t} frames of a square")
+    frames = saved_args(state, path).get("num_frames", grid[0] * tubelet)
+    t = frames // tubelet if isinstance(frames, int) else 0
+    side = math.isqrt(table.shape[1] // t) if t > 0 else 0
+    if t * side * side != table.shape[1] or not side:
+        raise CheckpointError(f"{path}: its {table.shape[1]} positions are not {frames!r} frames of a square")
     return t, side, side
+
+
+# What the entries of a run's checkpoint are.
+KINDS = {name: dict for name in ("model", "model_ema", "adamae", "tats", "optimizer", "scaler", "tats_optimizer",
+                                 "tats_scaler", "best")}  # fmt: skip
+KINDS |= {"rng": list, "epoch": int, "step": int, "unvalidated": dict | None, "midway": dict | None}
+
+
+def check_run_state(state: dict, path: str | Path) -> None:
+    """Raises CheckpointError where an entry that is there is not of its kind."""
+    for name, kind in KINDS.items():
+        if name in state and (not isinstance(state[name], kind) or isinstance(state[name], bool)):
+            wanted = getattr(kind, "__name__", kind)
+            raise CheckpointError(f"{path}: its {name} is a {type(state[name]).__name__}, not a {wanted}")
+    if not -1 <= state.get("epoch", 0) < 2**31:
+        raise CheckpointError(f"{path}: its epoch is {state['epoch']}")
+    best = state.get("best", {"acc1": 0.0, "epoch": 0})
+    if not all(isinstance(best.get(name), numbers.Real) for name in ("acc1", "epoch")):
+        raise CheckpointError(f"{path}: its best holds no numbers acc1 and epoch")
+    if not all(value is None or isinstance(value, numbers.Real) for value in (state.get("unvalidated") or {}).values()):
+        raise CheckpointError(f"{path}: its unvalidated epoch holds more than numbers")
+    midway = state.get("midway") or {"steps": 0, "steps_per_epoch": 1}
+    if not all(isinstance(midway.get(name), int) and midway[name] >= 0 for name in ("steps", "steps_per_epoch")):
+        raise CheckpointError(f"{path}: its midway holds no numbers steps and steps_per_epoch")
+    saved_args(state, path)
+
+
+def saved_args(state: dict, path: str | Path) -> dict:
+    """The flags in a checkpoint, of this project or VideoMAE's Namespace, as far as they are plain values: {} where
+    there are none. Raises CheckpointError."""
+    args = state.get("args", {})
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, dict):
+        raise CheckpointError(f"{path}: its args are a {type(args).__name__}, not flags and their values")
+    args = {name: value for name, value in args.items() if isinstance(name, str) and _plain(value)}
+    sides = args.get("patch_size")
+    if isinstance(sides, list | tuple) and len(set(sides)) == 1:  # VideoMAE's holds height and width
+        args["patch_size"] = sides[0]
+    return args
+
+
+def _plain(value) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(item, str | int | float) for item in value)
+    return value is None or isinstance(value, str | int | float)
+
+
+@contextlib.contextmanager
+def restoring(part: str, path: str | Path, hint: str = "damaged, or not written by this project"):
+    """What goes wrong in restoring a part of a checkpoint of any content is a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[:1]
+        raise CheckpointError(
+            f"{path}: its {part} does not fit ({hint}): {type(error).__name__} {' '.join(reason)}"
+        ) from error
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+def check_moments(optimizer: torch.optim.Optimizer, path: str | Path) -> None:
+    """Raises CheckpointError where what an optimizer has just loaded would make its next step fail or spoil weights."""
+    if not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed's, which lays its state out by itself
+        return
+    adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    for parameter, moments in optimizer.state.items():
+        if not isinstance(moments, dict):
+            raise CheckpointError(f"{path}: its optimizer's state of a weight is a {type(moments).__name__}")
+        for name, value in moments.items():
+            if name == "step":
+                value = torch.as_tensor(value)
+            if name in ("step", *MOMENTS) and not isinstance(value, Tensor):
+                raise CheckpointError(f"{path}: its optimizer's {name} is a {type(value).__name__}")
+            if isinstance(value, Tensor) and not value.isfinite().all():
+                raise CheckpointError(f"{path}: its optimizer's {name} holds values that are not finite")
+            shape = () if name == "step" else parameter.shape
+            if name in ("step", *MOMENTS) and value.shape != shape:
+                raise CheckpointError(f"{path}: its optimizer's {name} is {tuple(value.shape)}, not {tuple(shape)}")
+        if adam and moments and not {"step", "exp_avg", "exp_avg_sq"} <= moments.keys():
+            raise CheckpointError(f"{path}: its optimizer has only {', '.join(map(str, moments))} of a weight")
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
     """Strict load; raises CheckpointError that lists what does not fit."""
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"{path}: holds a {type(weights).__name__} in place of weights by name")
     _check_fit(module.state_dict(), weights, path)
     module.load_state_dict(weights)
 
 
 def _check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | Path) -> None:
+    both = {name: (weights[name], own[name]) for name in own if name in weights}
+    odd = [
+        f"{name} is {_kind(value)}, the model has {_kind(mine)}"
+        for name, (value, mine) in both.items()
+        if not isinstance(value, Tensor)
+        or value.is_floating_point() != mine.is_floating_point()
+        or value.is_complex()
+        or value.is_meta
+        or value.layout != mine.layout
+    ]
+    if odd:
+        raise CheckpointError(f"{path}: holds what are no weights of this model: {_few(odd)}")
     missing = [name for name in own if name not in weights]
-    unknown = [name for name in weights if name not in own]
+    unknown = [str(name) for name in weights if name not in own]
     wrong = [
-        f"{name} is {tuple(weights[name].shape)}, the model has {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        f"{name} is {tuple(value.shape)}, the model has {tuple(mine.shape)}"
+        for name, (value, mine) in both.items()
+        if value.shape != mine.shape
     ]
     if missing or unknown or wrong:
         problems = [
-            f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            f"{len(names)} {what}: {_few(names)}"
             for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
             if names
         ]
@@ -292,6 +420,20 @@ def _check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | P
             "in pre-training --decoder_depth, --mask_type; in fine-tuning --nb_classes, --use_cls, --linear_probe, "
             f"--attentive_probe): {'; '.join(problems)}"
         )
+    spoilt = [name for name, (value, mine) in both.items() if not value.to(mine.dtype).isfinite().all()]
+    if spoilt:
+        raise CheckpointError(
+            f"{path}: {len(spoilt)} of its {len(both)} weights are not finite ({_few(spoilt)}): the run that wrote it "
+            "had diverged, or the file is damaged; take an earlier one"
+        )
+
+
+def _kind(value) -> str:
+    return f"{value.dtype} {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _few(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 def from_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -170,8 +170,8 @@ def gather(index: Tensor, probability: Tensor, failed: list[str], label: Tensor)
     if not scores.isfinite().all():
         bad = int((~scores.isfinite()).any(dim=1).sum())
         raise UsageError(
-            f"the model gives no finite scores for {bad} of {len(label)} videos: its weights are damaged, or "
-            "--amp fp16 overflows (use bf16 or none)"
+            f"the model gives no finite scores for {bad} of {len(label)} videos: its weights are damaged or "
+            "diverged (lower --lr), or --amp fp16 overflows (use bf16 or none)"
         )
     return Scores(scores, label, times == 1, failed)
 

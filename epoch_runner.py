@@ -10,7 +10,7 @@ from torch import Tensor
 from backend import Backend
 from optim_factory import cosine_schedule
 from preemption import SAVE, STOP, Preempted, Watch
-from utils import Metrics, Progress, UsageError, append_json_line, everyone, is_main_process, log, total
+from utils import Metrics, Progress, UsageError, append_json_line, everyone, is_main_process, log, total, world_size
 
 MAX_SKIPPED_IN_A_ROW = 20
 SKIPPED_STEPS = "skipped_steps.jsonl"  # in the output folder
@@ -172,7 +172,7 @@ class EpochRunner:
         }
 
     def _micro_batches_a_step(self) -> int:
-        return self.backend.accum_iter * len(everyone(None))
+        return self.backend.accum_iter * world_size()
 
     def _go_on(self, midway: dict) -> dict[str, float]:
         """Takes over what `where` says; returns steps skipped in this epoch."""

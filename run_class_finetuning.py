@@ -15,13 +15,17 @@ from timm.utils import ModelEmaV3
 import modeling_finetune
 from checkpoint import (
     CheckpointError,
+    check_moments,
     encoder_weights,
     load_checkpoint,
     load_encoder,
+    load_run,
     load_weights,
     model_weights,
     position_grid,
+    restoring,
     save_checkpoint,
+    saved_args,
 )
 from datasets.build import DATA_SETS, build_evaluation_loader, build_finetuning_loader
 from datasets.video import VideoError
@@ -59,6 +63,7 @@ from run_common import (
     resume,
     run_script,
     save,
+    saved_defaults,
     write_deepspeed_configs,
 )
 from utils import (
@@ -185,9 +190,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = get_parser()
     args = parser.parse_args(arguments)
     if args.eval:
-        saved = find_finished(args)[1].get("args", {})
-        if isinstance(saved, dict) and "nb_classes" in saved:  # written by this script
-            parser.set_defaults(**{name: saved[name] for name in TEST_FLAGS if name in saved})
+        path, state = find_finished(args)
+        saved = saved_args(state, path)
+        if isinstance(state.get("args"), dict) and "nb_classes" in saved:  # written by this script
+            parser.set_defaults(**saved_defaults(parser, saved, TEST_FLAGS, path))
             args = parser.parse_args(arguments)
     if args.linear_probe or args.attentive_probe:
         parser.set_defaults(**PROBE_DEFAULTS)
@@ -204,10 +210,14 @@ def check_flags(args) -> None:
         args,
         at_least_1="test_num_segment test_num_crop recount",
         not_negative="init_scale mixup cutmix",
+        at_most_1000="test_num_segment test_num_crop recount",
         rates="drop fc_drop_rate attn_drop_rate smoothing model_ema_decay",
     )
     if not 0 < args.layer_decay <= 1:
         raise UsageError(f"--layer_decay {args.layer_decay}: must be greater than 0 and at most 1 (1: none)")
+    for name in ("mixup", "cutmix"):
+        if 0 < getattr(args, name) < 1e-6:  # the beta distribution's draws would not be numbers
+            raise UsageError(f"--{name} {getattr(args, name)}: must be 0 or at least 1e-6")
     for name in ("reprob", "mixup_prob", "mixup_switch_prob"):
         if not 0 <= getattr(args, name) <= 1:
             raise UsageError(f"--{name} {getattr(args, name)}: a probability, from 0 to 1")
@@ -221,6 +231,8 @@ def check_flags(args) -> None:
         args.nb_classes = data_set.num_classes
     if args.nb_classes is None or args.nb_classes < 2:
         raise UsageError(f"--data_set {args.data_set} needs --nb_classes, the number of classes, at least 2")
+    if args.nb_classes > 10_000:  # the test's table of confusions has its square
+        raise UsageError(f"--nb_classes {args.nb_classes}: at most 10000")
     if data_set.num_classes not in (None, args.nb_classes):
         raise UsageError(
             f"--nb_classes {args.nb_classes}: {args.data_set} has {data_set.num_classes}; for other lists use "
@@ -232,8 +244,8 @@ def check_flags(args) -> None:
         args.num_segments = args.num_frames if data_set.segments else 1
     if args.num_segments < 1 or args.num_frames % args.num_segments:
         raise UsageError(f"--num_segments {args.num_segments}: must divide --num_frames {args.num_frames}")
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        raise UsageError(f"--crop_pct {args.crop_pct}: must be greater than 0 and at most 1")
+    if args.crop_pct is not None and not 0.01 <= args.crop_pct <= 1:
+        raise UsageError(f"--crop_pct {args.crop_pct}: must be at least 0.01 and at most 1")
     if args.short_side_size is None:
         args.short_side_size = math.ceil(args.input_size / (args.crop_pct or 1))
     elif args.crop_pct is not None:
@@ -242,6 +254,8 @@ def check_flags(args) -> None:
         raise UsageError(
             f"--short_side_size {args.short_side_size} is less than --input_size {args.input_size}: crops do not fit"
         )
+    if args.short_side_size > 100 * args.input_size:
+        raise UsageError(f"--short_side_size {args.short_side_size}: at most 100 times --input_size {args.input_size}")
 
     if args.linear_probe and args.attentive_probe:
         raise UsageError("--linear_probe and --attentive_probe: give one of them")
@@ -397,11 +411,11 @@ class Run:
         """Restores all but the weights; returns the epoch after the last whole one. Raises CheckpointError."""
         if self.ema:
             load_weights(self.ema.module, state["model_ema"], path)
-        try:
+        with restoring("optimizer", path, "--opt, --layer_decay, or damaged"):
             self.backend.load_state_dict(state)
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: its optimizer does not fit (--opt, --layer_decay): {error}") from error
-        set_rng_state(state["rng"], self.device)
+            check_moments(self.backend.optimizer, path)
+        with restoring("random state", path):
+            set_rng_state(state["rng"], self.device)
         self.best, self.unvalidated = state["best"], state.get("unvalidated")
         return state["epoch"] + 1
 
@@ -502,7 +516,7 @@ def run_finetuning(args) -> None:
 
     found = find_resume(args)
     if found:
-        weights = found[1].get("model", {})
+        weights = model_weights(found[1], found[0], ("model",), drop=())
         model = build_classifier(args, weights.get("encoder.pos_embed", weights.get("pos_embed")))
     elif args.start_epoch >= args.epochs:
         raise UsageError(f"--start_epoch {args.start_epoch}: there is no such epoch in --epochs {args.epochs}")
@@ -536,10 +550,7 @@ def run_finetuning(args) -> None:
         log_epoch(output, run, stats, first_epoch - 1)
         run.unvalidated = None
     if not finished:
-        if stores_features(args):
-            store_probe_features(run, loaders, recipe)
-        with Watch(args.save_ckpt_minutes if output and args.save_ckpt else 0) as recipe.watch:
-            train(run, loaders, recipe, first_epoch, output)
+        train(run, loaders, recipe, first_epoch, output)
     loaders = {"test": loaders["test"]}  # ends the worker processes of the others
     barrier()  # the best checkpoint is written
     best = read_best(output) if output and args.save_ckpt else {}
@@ -561,7 +572,7 @@ def read_best(output: Path) -> dict:
     if not (output / BEST).exists():
         return {}
     try:
-        return load_checkpoint(output / BEST, verify=True)
+        return load_run(output / BEST)
     except CheckpointError as error:
         log(f"warning: {error}; going on without it")
         return {}
@@ -570,8 +581,8 @@ def read_best(output: Path) -> dict:
 def is_tested(output: Path, settings: dict) -> bool:
     """Whether test.json is there and about these settings."""
     try:
-        return settings.items() <= json.loads((output / "test.json").read_text()).items()
-    except (OSError, ValueError):
+        return settings.items() <= dict(json.loads((output / "test.json").read_text())).items()
+    except (OSError, ValueError, TypeError):  # absent, cut off, or something else
         return False
 
 
@@ -626,15 +637,27 @@ def save_best(path: Path, state: dict) -> None:
 
 
 def train(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, output: Path | None) -> None:
+    """All epochs from first_epoch on. Raises Preempted."""
+    args = run.args
+    start = time.time()
+    if output and is_main_process():
+        (output / "test.json").unlink(missing_ok=True)  # it is about other weights
+    if stores_features(args):
+        store_probe_features(run, loaders, recipe)
+    with Watch(args.save_ckpt_minutes if output and args.save_ckpt else 0) as recipe.watch:  # from here on one can save
+        train_epochs(run, loaders, recipe, first_epoch, output)
+    if recipe.log_writer is not None:
+        recipe.log_writer.close()
+    log(f"training took {format_time(time.time() - start)}")
+
+
+def train_epochs(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, output: Path | None) -> None:
     """Epochs from first_epoch to the last, each followed by validation ("val" in loaders) and a checkpoint.
 
     Every save_ckpt_freq-th checkpoint and the last are kept, the others replaced by newer ones. Raises Preempted.
     """
     args = run.args
     saves = output and args.save_ckpt
-    start = time.time()
-    if output and is_main_process():
-        (output / "test.json").unlink(missing_ok=True)  # it is about other weights
 
     def save_midway(epoch: int, where: dict) -> bool:
         average_batch_norm(run.backend.raw, run.device)  # one file for all processes
@@ -665,9 +688,6 @@ def train(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, out
             raise problem
         if stop and not (last and run.unvalidated is None):
             raise Preempted(f"stopped after epoch {epoch}", bool(written))
-    if recipe.log_writer is not None:
-        recipe.log_writer.close()
-    log(f"training took {format_time(time.time() - start)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import timm
@@ -24,9 +24,11 @@ from checkpoint import (
     CheckpointError,
     checkpoint_name,
     latest_checkpoint,
-    load_checkpoint,
+    load_run,
     prune_checkpoints,
+    restoring,
     save_checkpoint,
+    saved_args,
     set_aside_later,
 )
 from datasets.transforms import mean_and_std
@@ -172,8 +174,21 @@ def check_deepspeed(args) -> None:
         raise UsageError("--offload cpu needs --zero_stage 1, 2 or 3: stage 0 keeps all on the device")
 
 
-def check_ranges(args, at_least_1: str = "", positive: str = "", not_negative: str = "", rates: str = "") -> None:
-    """Checks the named flags (names split by spaces); the shared flags are always checked. Raises UsageError."""
+LARGEST = 1_000_000_000  # of a number: far above what makes sense, and within float32 and int32
+LARGEST_CLIP = 1 << 26  # pixels: 1000 frames of 256 x 256
+
+
+def check_ranges(
+    args, at_least_1: str = "", positive: str = "", not_negative: str = "", rates: str = "", at_most_1000: str = ""
+) -> None:
+    """Checks the named flags (names split by spaces); the shared flags are always checked, and all numbers for being
+    finite and of a sensible size. Raises UsageError."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UsageError(f"--{name} {number}: must be a finite number")
+            if isinstance(number, int | float) and abs(number) > (2**63 - 1 if name == "seed" else LARGEST):
+                raise UsageError(f"--{name} {number}: out of range")
     for name in ("batch_size epochs accum_iter save_ckpt_freq print_freq input_size num_frames tubelet_size "
                  "sampling_rate num_sample " + at_least_1).split():  # fmt: skip
         if getattr(args, name) < 1:
@@ -181,14 +196,26 @@ def check_ranges(args, at_least_1: str = "", positive: str = "", not_negative: s
     for name in ("lr " + positive).split():
         if not getattr(args, name) > 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must be greater than 0")
-    for name in ("min_lr warmup_lr warmup_epochs weight_decay num_workers color_jitter seed start_epoch opt_eps "
+    for name in ("min_lr warmup_lr warmup_epochs weight_decay num_workers color_jitter seed start_epoch "
                  "max_short_side save_ckpt_minutes keep_last " + not_negative).split():  # fmt: skip
         if not getattr(args, name) >= 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
     for name in ("patch_size", "clip_grad"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must be greater than 0; leave it out for the default")
-    for name in ("drop_path " + rates).split():
+    for name in ("num_workers " + at_most_1000).split():
+        if getattr(args, name) > 1000:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at most 1000")
+    if args.input_size**2 * args.num_frames > LARGEST_CLIP:
+        raise UsageError(f"--input_size {args.input_size} and --num_frames {args.num_frames}: far too large")
+    for name in ("opt_eps", "tats_eps"):  # 0 in float32 makes Adam divide 0 by 0 where a gradient is 0
+        if getattr(args, name, 1) < 1e-30:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1e-30")
+    if args.max_short_side == 1:
+        raise UsageError("--max_short_side 1: must be at least 2 pixels, or 0 for the video's own size")
+    if args.weight_decay_end is not None and args.weight_decay_end < 0:
+        raise UsageError(f"--weight_decay_end {args.weight_decay_end}: must not be negative")
+    for name in ("drop_path momentum " + rates).split():
         if not 0 <= getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 0 and less than 1")
     if args.opt_betas is not None and not (len(args.opt_betas) == 2 and all(0 <= b < 1 for b in args.opt_betas)):
@@ -389,18 +416,33 @@ def find_resume(args) -> tuple[Path, dict] | None:
     Raises: CheckpointError; UsageError where the folder holds another run, or processes see different files.
     """
     if args.resume:
-        return Path(args.resume), load_checkpoint(args.resume, verify=True)
+        return Path(args.resume), load_run(args.resume)
     found = latest_checkpoint(args.output_dir) if args.auto_resume and args.output_dir else None
     agree(found and str(found[0]), "checkpoints to go on from")
     if found is None:
         return None
-    source = found[1].get("args", {}).get("finetune", "")
+    source = saved_args(found[1], found[0]).get("finetune", "")
     if args.finetune and args.finetune != source:
         raise UsageError(
             f"{args.output_dir} holds a run that started from {source or 'random weights'}, not from --finetune "
             f"{args.finetune}: choose another --output_dir, or start over with --no-auto_resume"
         )
     return found
+
+
+def saved_defaults(parser: argparse.ArgumentParser, saved: dict, names: Iterable[str], path: str | Path) -> dict:
+    """Those of the named flags that a checkpoint has saved, for parser.set_defaults. Raises CheckpointError for a value
+    that the flag cannot have."""
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    defaults = {name: saved[name] for name in names if name in saved}
+    for name, value in defaults.items():
+        action = actions[name]
+        kind = bool if isinstance(action, SWITCH) else {int: int, float: int | float}.get(action.type, str)
+        items = value if isinstance(value, list | tuple) and action.nargs else [value]
+        right = all(isinstance(item, kind) and (kind is bool or not isinstance(item, bool)) for item in items)
+        if value is not None and not (right and (action.choices is None or set(items) <= set(action.choices))):
+            raise CheckpointError(f"{path}: its args hold --{name} {value!r}, which that flag cannot be")
+    return defaults
 
 
 def resume(run, args, found: tuple[Path, dict] | None, steps_per_epoch: int) -> tuple[int, dict | None]:
@@ -413,7 +455,7 @@ def resume(run, args, found: tuple[Path, dict] | None, steps_per_epoch: int) -> 
     if found is None:
         return args.start_epoch, None
     path, state = found
-    saved = state.get("args", {})
+    saved = saved_args(state, path)
     changed = [
         f"--{name} {saved[name]} -> {value}"
         for name, value in vars(args).items()
@@ -426,7 +468,8 @@ def resume(run, args, found: tuple[Path, dict] | None, steps_per_epoch: int) -> 
     log(f"resumed after {done or f'epoch {next_epoch - 1}'} from {path}")
     if changed:
         log(f"note: flags differ from the run that wrote it: {', '.join(changed)}")
-    before = effective_batch(argparse.Namespace(**saved))
+    with restoring("args", path):
+        before = effective_batch(argparse.Namespace(**vars(args) | saved)) if midway else 0
     if midway and (midway["steps_per_epoch"], before) != (steps_per_epoch, effective_batch(args)):
         log(f"note: it had {before} clips a step, this run has {effective_batch(args)}: epoch {next_epoch} starts over")
         midway = None
@@ -450,9 +493,15 @@ def save(args, output: Path, state: dict, epoch: int, where: dict | None = None,
     """Writes checkpoint-N.pth, or checkpoint-N-stepS.pth in mid-epoch, and deletes what it replaces; every process has
     to call it. Returns whether it was written: a full disk is a warning, and training goes on.
 
-    must: raise UsageError instead.
+    must: raise UsageError instead. Weights that are not finite are one in any case: a checkpoint of them is worse than
+    the one before.
     """
-    problem = ""
+    problem, diverged = "", is_main_process() and not is_finite(state)
+    if everyone(diverged)[0]:
+        raise UsageError(
+            f"weights that are not finite in epoch {epoch}, no checkpoint is written: lower --lr or --tats_lr, set "
+            "--clip_grad, and start again; with the last checkpoint where there is one"
+        )
     if is_main_process():
         try:
             save_checkpoint(output / checkpoint_name(epoch, where and where["steps"]), state)
@@ -465,6 +514,12 @@ def save(args, output: Path, state: dict, epoch: int, where: dict | None = None,
     if problem:
         log(f"warning: {problem}; training goes on")
     return not problem
+
+
+def is_finite(state: dict) -> bool:
+    """Whether all weights in a checkpoint's state are."""
+    weights = [value for part in ("model", "adamae", "tats") for value in state.get(part, {}).values()]
+    return bool(torch.stack([value.isfinite().all() for value in weights]).all())
 
 
 def write_deepspeed_configs(output: Path | None, backends: dict[str, Backend]) -> None:

@@ -10,7 +10,14 @@ import engine_for_pretraining
 import engine_for_tats
 import modeling_pretrain  # noqa: F401  registers the models
 from backend import Backend
-from checkpoint import CheckpointError, load_checkpoint, load_weights, model_weights
+from checkpoint import (
+    CheckpointError,
+    check_moments,
+    load_checkpoint,
+    load_weights,
+    model_weights,
+    restoring,
+)
 from datasets.build import build_pretraining_loader
 from engine_for_pretraining import PretrainRecipe
 from engine_for_tats import PPOSettings
@@ -164,8 +171,11 @@ def check_flags(args) -> None:
         args,
         at_least_1="decoder_depth tats_blocks num_landmarks tats_rollout_steps ppo_epochs",
         positive="tats_lr softmax_temp ppo_clip",
-        not_negative="tats_start_epoch policy_coef value_coef entropy_coef adamae_coef tats_eps",
+        not_negative="tats_start_epoch policy_coef value_coef entropy_coef adamae_coef",
+        at_most_1000="decoder_depth tats_blocks ppo_epochs",
     )
+    if args.softmax_temp < 1e-6:  # float32 logits over it would overflow
+        raise UsageError(f"--softmax_temp {args.softmax_temp}: must be at least 1e-6")
     if not 0 < args.mask_ratio < 1:  # also true of nan
         raise UsageError(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1, both excluded")
     if not 0 <= args.decoder_mask_ratio < 1:
@@ -278,15 +288,16 @@ class Run:
 
     def load(self, path: Path, state: dict) -> int:
         """Restores all but the weights; returns the epoch after the last whole one. Raises CheckpointError."""
-        try:
+        with restoring("optimizer", path, "--opt, --mask_type, or damaged"):
             self.backend.load_state_dict(state)
             if self.tats_backend is not None:
                 self.tats_backend.load_state_dict(
                     {"optimizer": state["tats_optimizer"], "scaler": state["tats_scaler"]}
                 )
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: its optimizer does not fit (--opt, --mask_type): {error}") from error
-        set_rng_state(state["rng"], self.device)
+            for backend in filter(None, (self.backend, self.tats_backend)):
+                check_moments(backend.optimizer, path)
+        with restoring("random state", path):
+            set_rng_state(state["rng"], self.device)
         return state["epoch"] + 1
 
 
@@ -303,6 +314,8 @@ def train(args) -> None:
         raise UsageError(str(error)) from error
     steps_per_epoch = optimizer_steps(args, len(loader))
     found = find_resume(args)
+    if found is None and args.start_epoch >= args.epochs:
+        raise UsageError(f"--start_epoch {args.start_epoch}: there is no such epoch in --epochs {args.epochs}")
     run = Run(args, device, found)
     seed_everything(args.seed + args.rank)  # dropout and stochastic depth differ between ranks
 

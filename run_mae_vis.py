@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_weights, model_weights
+from checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_weights, model_weights, saved_args
 from datasets.transforms import mean_and_std, normalize
 from datasets.video import ListError, VideoError, read_frames, read_list
 from masking_generator import Mask, motion_energy, motion_lift
 from modeling_pretrain import normalize_patches, patchify, token_error, unpatchify
+from run_common import saved_defaults
 from run_mae_pretraining import build_mae, build_sampler, check_flags, get_parser
 from utils import UsageError
 
@@ -53,11 +54,9 @@ class Trained:
             path, state = newest
         else:
             state = load_checkpoint(path)
-        saved = state.get("args", {})
-        saved = saved if isinstance(saved, dict) else vars(saved)
         parser = get_parser()
-        known = {action.dest for action in parser._actions}
-        parser.set_defaults(**{name: value for name, value in saved.items() if name in known})
+        known = [action.dest for action in parser._actions]
+        parser.set_defaults(**saved_defaults(parser, saved_args(state, path), known, path))
         self.args = parser.parse_args([*overrides, "--device", "cpu", "--amp", "none"])
         check_flags(self.args)
         self.mae = build_mae(self.args).eval()

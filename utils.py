@@ -113,11 +113,15 @@ def agree(value, what: str) -> None:
         raise UsageError(f"the processes see different {what} ({values}): --output_dir must be on a shared disk")
 
 
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def everyone(value) -> list:
     """The values of all processes, by rank."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * dist.get_world_size()
+    values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
@@ -161,11 +165,10 @@ def rng_state(device: torch.device) -> list[dict]:
 
 def set_rng_state(states: list[dict], device: torch.device) -> None:
     """Restores this rank's state; a run on another number of ranks keeps its fresh seeds."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if len(states) != world:
-        log(f"note: the checkpoint was written by {len(states)} processes, this run has {world}: new random states")
+    if len(states) != world_size():
+        log(f"note: {len(states)} processes wrote the checkpoint, this run has {world_size()}: new random states")
         return
-    state = states[rank]
+    state = states[dist.get_rank() if dist.is_initialized() else 0]
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -294,13 +297,12 @@ class Progress:
         self.seconds += seconds
         self.data_seconds += self.window_data
         per_step = seconds / self.window_steps
-        world = dist.get_world_size() if dist.is_initialized() else 1
         left = per_step * (self.remaining_steps - step - 1)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "loss")
         line = (  # what matters first: a narrow terminal shows the beginning
             f"{self.header} [{step + 1}/{self.steps}]  loss {values['loss']:.4g}  lr {lr:.3g}  "
             f"data {self.window_data / self.window_steps:.3f} s  step {per_step:.3f} s  "
-            f"{self.window_clips * world / seconds:.1f} clips/s  left {format_time(left)}  {shown}"
+            f"{self.window_clips * world_size() / seconds:.1f} clips/s  left {format_time(left)}  {shown}"
         )
         self._open_window()
         if is_main_process():

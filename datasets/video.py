@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-# path, optionally the number of frames, label; split from the right because paths may hold spaces
-LIST_LINE = re.compile(r"^(?P<path>.+?)(?:(?:\s*,\s*|\s+)-?\d+)?(?:\s*,\s*|\s+)(?P<label>-?\d+)$")
 FORMATS = "write `path label` or `path num_frames label` on each line, label an integer (-1 = none)"
 # A header may count one or two frames that no decoder delivers (HMDB51's AVI files: one). Up to this many frames past
 # the last decodable one are served as a copy of it; a request further out means a truncated file.
 MAX_SHORTFALL = 2
+MAX_LABEL = 999_999_999
 
 
 class VideoError(RuntimeError):
@@ -33,6 +32,37 @@ class ListError(ValueError):
     """A video list cannot be used; the message names the file, the line, and what to do."""
 
 
+def split_line(line):
+    """A stripped line of a list: (path, label as text), or None where it does not end with a whole number.
+
+    `path label`, `path num_frames label`, columns split by spaces or a comma. Taken apart from the right because paths
+    may hold spaces, and not by one regular expression: that needs minutes for a line of 20,000 spaces.
+    """
+    last = _cut_number(line)
+    if last is None:
+        return None
+    before, label = last
+    frames = _cut_number(before)
+    return (frames[0] if frames else before), label
+
+
+def _cut_number(text):
+    """(what stands before the separator, the whole number behind it), or None."""
+    head = text.rstrip("-0123456789")
+    number = text[len(head) :]
+    before = head.rstrip()
+    if before.endswith(","):
+        before = before[:-1].rstrip()
+    elif before == head:
+        return None
+    return (before, number) if before and re.fullmatch("-?[0-9]+", number) else None
+
+
+def excerpt(text):
+    """A text of any length and content for a message of one line."""
+    return repr(text if len(text) <= 200 else f"{text[:100]} ... {text[-60:]}")
+
+
 def read_list(list_path, num_classes=None):
     """Reads a list of videos: one a line, `path label` or `path num_frames label`, columns split by spaces or a comma.
 
@@ -43,8 +73,9 @@ def read_list(list_path, num_classes=None):
     """
     if os.path.isdir(list_path):
         raise ListError(f"{list_path} is a folder: give a list file; {FORMATS}")
-    if not os.path.isfile(list_path):
-        raise ListError(f"{list_path}: no such list of videos; {FORMATS}")
+    if not os.path.isfile(list_path):  # a pipe or a device would be waited for
+        kind = "not a regular file" if os.path.exists(list_path) else "no such list of videos"
+        raise ListError(f"{list_path}: {kind}; {FORMATS}")
     folder = os.path.dirname(os.path.abspath(list_path))
     paths, labels = [], []
     try:
@@ -53,20 +84,29 @@ def read_list(list_path, num_classes=None):
                 line = line.strip()
                 if not line or line.startswith("#"):
                     continue
-                match = LIST_LINE.match(line)
-                if match is None:
-                    columns = re.split(r"\s*,\s*|\s+", line)
-                    problem = "no label" if len(columns) == 1 else f"label {columns[-1]!r} is not an integer"
-                    raise ListError(f"{list_path}, line {number}: {problem} in {line!r}; {FORMATS}")
-                if num_classes is not None and not 0 <= int(match["label"]) < num_classes:
+                place = f"{list_path}, line {number}"
+                if "\0" in line:
+                    raise ListError(f"{place}: a zero byte in {excerpt(line)}: not a text file, or damaged; {FORMATS}")
+                columns = split_line(line)
+                if columns is None:
+                    last = line.replace(",", " ").split()[-1:]
+                    alone = last == [line.strip(" ,")] or not last
+                    problem = "no label" if alone else f"label {excerpt(last[0])} is not an integer"
+                    raise ListError(f"{place}: {problem} in {excerpt(line)}; {FORMATS}")
+                path, label = columns
+                if len(label) > 10 or not -1 <= int(label) <= MAX_LABEL:
+                    raise ListError(f"{place}: label {excerpt(label)} is not in -1 to {MAX_LABEL}; {FORMATS}")
+                if num_classes is not None and not 0 <= int(label) < num_classes:
                     raise ListError(
-                        f"{list_path}, line {number}: label {match['label']} in {line!r} is not one of the "
-                        f"{num_classes} classes, 0 to {num_classes - 1}: correct the list or --nb_classes"
+                        f"{place}: label {label} in {excerpt(line)} is not one of the {num_classes} classes, 0 to "
+                        f"{num_classes - 1}: correct the list or --nb_classes"
                     )
-                paths.append(os.path.join(folder, match["path"]))
-                labels.append(int(match["label"]))
+                paths.append(os.path.join(folder, path))
+                labels.append(int(label))
     except UnicodeDecodeError as error:
         raise ListError(f"{list_path} is not a text file ({error.reason}): give a list of videos; {FORMATS}") from error
+    except OSError as error:  # no permission, a lost mount
+        raise ListError(f"{list_path} cannot be read ({error.strerror}); {FORMATS}") from error
     if not paths:
         raise ListError(f"{list_path} names no video; {FORMATS}")
     return paths, labels
@@ -184,6 +224,8 @@ class PyAVReader(VideoReader):
         try:
             self.container = self.open()
             self.stream = self.container.streams.video[0]
+            if self.stream.codec_context is None:
+                raise VideoError(path, "PyAV cannot open it (no decoder for its codec)")
             self.stream.thread_count = 1
             keep = os.path.getsize(path) <= self.max_kept
             self.packets, self.length = [], 0
@@ -200,6 +242,17 @@ class PyAVReader(VideoReader):
 
     def open(self):
         return self.av.open(self.path, metadata_errors="ignore")  # some HMDB51 files hold text that is not UTF-8
+
+    def open_again(self):
+        """A second container. Raises VideoError: the file may have gone since the first, or be another."""
+        try:
+            container = self.open()
+        except (self.av.FFmpegError, OSError) as error:
+            raise VideoError(self.path, f"PyAV cannot open it again ({_brief(error)})") from error
+        if container.streams.video and container.streams.video[0].codec_context is not None:
+            return container
+        container.close()
+        raise VideoError(self.path, "was replaced by another file while it was read")
 
     def __len__(self):
         return self.length
@@ -224,7 +277,7 @@ class PyAVReader(VideoReader):
     def decode(self, wanted, max_short_side=None):
         remaining, frames, index, frame = set(wanted), {}, -1, None
         rgb = self.converter(max_short_side)
-        with self.open() as container:
+        with self.open_again() as container:
             stream = container.streams.video[0]
             stream.thread_count = 1
             try:

@@ -625,8 +625,8 @@ def test_two_processes_give_exactly_what_one_gives(two_processes, name):
         assert [outcomes[name] for outcomes, _ in two_processes] == [
             (
                 "UsageError",
-                "the model gives no finite scores for 3 of 7 videos: its weights are damaged, or --amp fp16 overflows "
-                "(use bf16 or none)",
+                "the model gives no finite scores for 3 of 7 videos: its weights are damaged or diverged "
+                "(lower --lr), or --amp fp16 overflows (use bf16 or none)",
             )
         ] * 2
 

@@ -12,12 +12,13 @@ from collections import deque
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from datasets.video import LIST_LINE, ListError, VideoError
+from datasets.video import ListError, VideoError, excerpt, split_line
 from utils import UsageError, format_time
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 START_SECONDS = 300  # for a worker to import torch and PyAV, on a busy network file system
 LOG_SECONDS = 10  # between two lines of progress in a log
+LONGEST_TIMEOUT = 1_000_000  # seconds; the system's waits do not take any number
 NAMED_FAILURES = 20  # on the terminal; the report has all
 
 
@@ -75,9 +76,8 @@ def write_list(list_path, paths, labels):
         if path.startswith("#") or path != path.lstrip():  # a line that starts so would be a comment, or stripped
             path = f"./{path}"
         line = f"{path} {label}"
-        match = LIST_LINE.match(line.split("\r")[0].encode(errors="replace").decode())
-        if match is None or (match["path"], match["label"]) != (path, str(label)):
-            raise UsageError(f"{list_path}: the name {path!r} cannot stand in a list: rename the file")
+        if split_line(line.encode(errors="replace").decode()) != (path, str(label)) or set("\r\n\0") & set(line):
+            raise UsageError(f"{list_path}: the name {excerpt(path)} cannot stand in a list: rename the file")
         lines.append(f"{line}\n")
     write_text(list_path, "".join(lines))
 
@@ -99,8 +99,8 @@ def run_all(function, items, num_workers, timeout):
     processes; timeout in seconds for one item.
     Returns: for every item, in order, (result, None) or (None, the reason why there is none). Raises: UsageError.
     """
-    if num_workers < 1 or timeout <= 0:
-        raise UsageError("--num_workers must be at least 1, --timeout above 0")
+    if num_workers < 1 or not 0 < timeout <= LONGEST_TIMEOUT:  # nan too
+        raise UsageError(f"--num_workers must be at least 1, --timeout above 0 and at most {LONGEST_TIMEOUT}")
     outcomes = [None] * len(items)
     terminal = sys.stdout.isatty()
     clear = "\r\033[K" if terminal else ""

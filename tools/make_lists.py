@@ -29,7 +29,7 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tools.common import Formatter, find_videos, run_tool, write_list, write_text
+from tools.common import Formatter, excerpt, find_videos, run_tool, write_list, write_text
 from utils import UsageError
 
 
@@ -56,7 +56,7 @@ def read_ucf101(folder, split):
     ids = {}
     path = find_file(folder, ("classInd",), ".txt")
     for where, line in lines_of(path):
-        number, name = fields(where, line, r"(\d+)\s+(\S+)", "`id class`")
+        number, name = fields(where, line, r"([0-9]{1,9})\s+(\S+)", "`id class`")
         ids[name] = int(number) - 1
     if sorted(ids.values()) != list(range(len(ids))):
         raise UsageError(f"{path}: the ids are not 1 to {len(ids)}, each once")
@@ -66,7 +66,7 @@ def read_ucf101(folder, split):
         if path:
             entries = splits[name] = []
             for where, line in lines_of(path):
-                pattern = r"([^/]+)/(.+)(\.\w+?)(?:\s+(\d+))?"
+                pattern = r"([^/]+)/(.+)(\.\w+?)(?:\s+([0-9]{1,9}))?"
                 group, video, suffix, number = fields(where, line, pattern, "`class/video.avi` or `class/video.avi id`")
                 label = label_of(ids, group, where)
                 if number is not None and int(number) - 1 != label:
@@ -99,12 +99,14 @@ def read_ssv2(folder, split):
             content = json.loads(read_text(path))
         except json.JSONDecodeError as error:
             raise UsageError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # a number of 5000 digits, 100,000 brackets
+            raise UsageError(f"{path}: not the file of the data set ({error})") from error
         if not isinstance(content, kind):
             raise UsageError(f"{path}: not the file of the data set, it holds no {kind.__name__}")
         return path, content
 
     path, labels = load("labels", dict)
-    ids = {template: int(number) for template, number in labels.items() if str(number).isdecimal()}
+    ids = {text: int(number) for text, number in labels.items() if re.fullmatch("[0-9]{1,9}", str(number))}
     if len(ids) < len(labels) or sorted(ids.values()) != list(range(len(ids))):
         raise UsageError(f"{path}: the ids are not 0 to {len(labels) - 1}, each once")
     splits = {}
@@ -115,8 +117,11 @@ def read_ssv2(folder, split):
             for number, row in enumerate(rows, 1):
                 where = f"{path}, entry {number}"
                 if not isinstance(row, dict) or "id" not in row or ("template" not in row and name != "test"):
-                    raise UsageError(f"{where}: {row!r} has no id or no template")
-                template = row.get("template", "").replace("[", "").replace("]", "")
+                    raise UsageError(f"{where}: {excerpt(str(row))} has no id or no template")
+                template = row.get("template", "")
+                if not isinstance(template, str) or not isinstance(row["id"], str | int):
+                    raise UsageError(f"{where}: {excerpt(str(row))} has an id or template that is no text")
+                template = template.replace("[", "").replace("]", "")
                 label = label_of(ids, template, where) if template else -1
                 entries.append(Entry(label, "", (str(row["id"]),), ".webm"))
     return sorted(ids, key=ids.get), splits
@@ -127,11 +132,15 @@ def read_kinetics400(folder, split):
     for name, stems in (("train", ("train",)), ("val", ("validate", "val")), ("test", ("test",))):
         path = find_file(folder, stems, ".csv", required=False)
         if path:
-            table = csv.DictReader(read_text(path).splitlines())
+            table = csv.DictReader(read_text(path).splitlines(), strict=True)
+            try:
+                rows = [(f"{path}, line {table.line_num}", row) for row in table]
+            except csv.Error as error:
+                raise UsageError(f"{path}, line {table.line_num}: not CSV ({error})") from error
             needed = {"youtube_id", "time_start", "time_end"} | ({"label"} if name != "test" else set())
             if not needed <= set(table.fieldnames or ()):
                 raise UsageError(f"{path}, line 1: columns {', '.join(sorted(needed))} are needed")
-            files[name] = [(f"{path}, line {table.line_num}", row) for row in table]
+            files[name] = rows
     label_map = find_file(folder, ("label_map",), ".txt", required=False)
     if label_map:
         classes = [line for _, line in lines_of(label_map)]
@@ -144,7 +153,7 @@ def read_kinetics400(folder, split):
             try:
                 start, end = int(row["time_start"]), int(row["time_end"])
             except (TypeError, ValueError):
-                raise UsageError(f"{where}: no whole seconds in {row}") from None
+                raise UsageError(f"{where}: no whole seconds in {excerpt(str(row))}") from None
             group = row.get("label") or ""
             label = label_of(ids, group, where) if group or name != "test" else -1
             names = f"{row['youtube_id']}_{start:06d}_{end:06d}", row["youtube_id"]
@@ -172,6 +181,8 @@ def find_file(folder, stems, suffix, required=True):
 
 
 def read_text(path):
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UsageError(f"{path}: not a regular file")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -188,13 +199,13 @@ def lines_of(path):
 def fields(where, line, pattern, wanted):
     match = re.fullmatch(pattern, line)
     if match is None:
-        raise UsageError(f"{where}: {line!r} is not {wanted}")
+        raise UsageError(f"{where}: {excerpt(line)} is not {wanted}")
     return match.groups()
 
 
 def label_of(ids, name, where):
     if name not in ids:
-        raise UsageError(f"{where}: unknown class {name!r}")
+        raise UsageError(f"{where}: unknown class {excerpt(name)}")
     return ids[name]
 
 

@@ -153,8 +153,8 @@ def plan(args):
 
 def resize_videos(args):
     """Returns 1 if any video could not be re-encoded, else 0."""
-    if args.short_side < 16 or args.short_side % 2 or args.gop < 1 or not 0 <= args.crf <= 51:
-        raise UsageError("--short_side must be even and at least 16, --gop at least 1, --crf from 0 to 51")
+    if args.short_side < 16 or args.short_side % 2 or not 1 <= args.gop <= 10_000 or not 0 <= args.crf <= 51:
+        raise UsageError("--short_side must be even and at least 16, --gop from 1 to 10000, --crf from 0 to 51")
     if not args.list and not args.videos:
         raise UsageError("give --list or --videos")
     lists, targets = plan(args)
@@ -163,7 +163,7 @@ def resize_videos(args):
     record = os.path.join(args.output, "settings.json")
     os.makedirs(args.output, exist_ok=True)
     text = json.dumps(settings) + "\n"
-    if os.path.exists(record) and Path(record).read_text() != text:
+    if os.path.exists(record) and not (os.path.isfile(record) and Path(record).read_bytes() == text.encode()):
         raise UsageError(f"--output {args.output} holds videos of other settings ({record}): choose another folder")
     write_text(record, text)
 

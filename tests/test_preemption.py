@@ -1,0 +1,164 @@
+"""Signals and the clock in one process; several: test_distributed.py. Kills and full disks: test_faults.py."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from checkpoint import checkpoint_files, latest_checkpoint, prune_checkpoints
+from datasets.moving_shapes import write_dataset
+from epoch_runner import EpochRunner
+from preemption import GO_ON, SAVE, STOP, Watch
+from run_mae_pretraining import main
+from utils import Metrics, append_json_line
+
+FLAGS = [
+    "--model", "pretrain_videomae_tiny_patch8_64", "--input_size", "32", "--num_frames", "4", "--sampling_rate", "2",
+    "--decoder_depth", "1", "--num_workers", "0", "--device", "cpu", "--print_freq", "3", "--warmup_epochs", "0",
+    "--lr", "0.01", "--tats_lr", "1e-3", "--mask_type", "tats", "--tats_start_epoch", "1", "--epochs", "2",
+    "--drop_path", "0.1", "--save_ckpt_freq", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("shapes"), train=28, val=10, size=32, frames=12) / "train.csv"
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(step, function): calls the function in the middle of an optimizer step of the run."""
+    original, actions = EpochRunner.end_micro_batch, {}
+
+    def watched(runner, index, step, lr, loss, complete):
+        actions.pop(step, lambda runner: None)(runner)
+        original(runner, index, step, lr, loss, complete)
+
+    monkeypatch.setattr(EpochRunner, "end_micro_batch", watched)
+    return actions.__setitem__
+
+
+def run(shapes, output, *flags, status=0, batch_size=4) -> None:
+    arguments = ["--data_path", str(shapes), "--output_dir", str(output), "--batch_size", str(batch_size)]
+    if status == 0:
+        main([*arguments, *FLAGS, *flags])
+        return
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, *FLAGS, *flags])
+    assert stop.value.code == status
+
+
+def log_of(folder) -> list[dict]:
+    lines = (folder / "log.txt").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "time" not in k} for line in lines]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_after_the_step_and_the_run_goes_on_as_if_it_had_not(number, shapes, tmp_path, at_step, capsys):
+    run(shapes, tmp_path / "whole")
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+    at_step(2, lambda runner: os.kill(os.getpid(), number))
+    run(shapes, tmp_path / "stopped", status=75)
+    assert "stopped in epoch 0 after 3 of 7 batches; saved" in capsys.readouterr().out
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+    at_step(13, lambda runner: os.kill(os.getpid(), number))  # the very last step: nothing is left to stop
+    run(shapes, tmp_path / "stopped")
+    assert "resumed after 3 of 7 steps of epoch 0" in capsys.readouterr().out
+    assert log_of(tmp_path / "stopped") == log_of(tmp_path / "whole")
+    states = [torch.load(tmp_path / f / "checkpoint-1.pth", weights_only=True) for f in ("stopped", "whole")]
+    for part in ("model", "tats"):
+        assert all(torch.equal(value, states[1][part][name]) for name, value in states[0][part].items())
+    run(shapes, tmp_path / "stopped")
+    assert "nothing to do: 2 epochs are finished" in capsys.readouterr().out
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_saves_the_epoch(shapes, tmp_path, at_step):
+    at_step(6, lambda runner: os.kill(os.getpid(), signal.SIGTERM))
+    run(shapes, tmp_path, "--save_ckpt_freq", "5", status=75)
+    assert [path.name for path in checkpoint_files(tmp_path)] == ["checkpoint-0.pth"]
+    assert [record["epoch"] for record in log_of(tmp_path)] == [0]
+
+
+def test_rollouts_are_not_cut(shapes, tmp_path, at_step):
+    """A stop waits for phase 2, lest recorded episodes are lost."""
+    rollouts = ["--tats_start_epoch", "0", "--tats_rollout_steps", "3"]
+    run(shapes, tmp_path / "whole", *rollouts)
+    at_step(3, lambda runner: os.kill(os.getpid(), signal.SIGTERM))
+    run(shapes, tmp_path / "stopped", *rollouts, status=75)
+    assert (tmp_path / "stopped" / "checkpoint-0-step6.pth").exists()
+    run(shapes, tmp_path / "stopped", *rollouts)
+    assert log_of(tmp_path / "stopped") == log_of(tmp_path / "whole")
+
+
+def test_without_a_folder_nothing_is_saved_and_that_is_said(shapes, at_step, capsys):
+    at_step(1, lambda runner: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        main(["--data_path", str(shapes), "--batch_size", "4", *FLAGS])
+    assert stop.value.code == 1 and "nothing saved" in capsys.readouterr().out
+
+
+def test_the_clock_saves_in_mid_epoch_and_two_files_stay(shapes, tmp_path, at_step):
+    seen = []
+    for step in range(14):
+        at_step(step, lambda runner: seen.append([path.name for path in checkpoint_files(tmp_path)]))
+    run(shapes, tmp_path, "--save_ckpt_minutes", "1e-6", "--save_ckpt_freq", "9")
+    assert seen[:4] == [[], ["checkpoint-0-step1.pth"], ["checkpoint-0-step2.pth", "checkpoint-0-step1.pth"],
+                        ["checkpoint-0-step3.pth", "checkpoint-0-step2.pth"]]  # fmt: skip
+    assert [path.name for path in checkpoint_files(tmp_path)] == ["checkpoint-1.pth", "checkpoint-1-step6.pth"]
+
+
+def test_another_number_of_clips_a_step_starts_the_epoch_over(shapes, tmp_path, at_step, capsys):
+    at_step(9, lambda runner: os.kill(os.getpid(), signal.SIGTERM))
+    run(shapes, tmp_path, status=75)
+    run(shapes, tmp_path, batch_size=7)
+    assert "it had 4 clips a step, this run has 7: epoch 1 starts over" in capsys.readouterr().out
+    assert [record["epoch"] for record in log_of(tmp_path)] == [0, 1]
+
+
+def test_the_newest_by_place_and_what_is_pruned(tmp_path):
+    names = ["checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-2-step5.pth", "checkpoint-2-step40.pth",
+             "checkpoint-2.pth", "checkpoint-3.pth", "checkpoint-10-step1.pth"]  # fmt: skip
+    for name in reversed(names):
+        torch.save({"name": name}, tmp_path / name)
+    (tmp_path / "checkpoint-best.pth").write_bytes(b"")
+    (tmp_path / "checkpoint-11.pth.tmp").write_bytes(b"")
+    assert [path.name for path in checkpoint_files(tmp_path)] == names[::-1]
+    assert latest_checkpoint(tmp_path)[1]["name"] == "checkpoint-10-step1.pth"
+    prune_checkpoints(tmp_path, every=2)
+    left = ["checkpoint-10-step1.pth", "checkpoint-3.pth", "checkpoint-1.pth"]
+    assert [path.name for path in checkpoint_files(tmp_path)] == left
+    prune_checkpoints(tmp_path, every=2, keep_last=1)  # two stay, should the newest prove damaged
+    assert [path.name for path in checkpoint_files(tmp_path)] == left[:2]
+    assert (tmp_path / "checkpoint-best.pth").exists()
+
+
+def test_one_process_decides_at_once():
+    watch = Watch(save_minutes=0)
+    assert watch.decide() == GO_ON and not watch.stops()
+    watch.save_seconds = 1e-9
+    assert watch.decide() == SAVE
+    watch.signal = "SIGTERM"
+    assert watch.decide() == STOP and watch.stops()
+
+
+def test_means_do_not_depend_on_where_they_were_interrupted():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(50, generator=generator) * 10 ** torch.randint(-3, 3, (50,), generator=generator)
+    whole, first, second = Metrics(), Metrics(), Metrics()
+    for i, value in enumerate(values):
+        whole.update(loss=value, other=value**2)
+        (first if i < 17 else second).update(loss=value, other=value**2)
+        if i == 16:
+            second.load(json.loads(json.dumps(first.state())), torch.device("cpu"))
+    assert whole.read_epoch() == second.read_epoch()
+
+
+def test_a_line_after_a_torn_one_stands_alone(tmp_path):
+    path = tmp_path / "log.txt"
+    append_json_line(path, {"epoch": 0})
+    with open(path, "a") as file:
+        file.write('{"epoch": 1, "train_lo')  # the disk was full
+    append_json_line(path, {"epoch": 2, "bad": float("nan")})
+    assert path.read_text().splitlines() == ['{"epoch": 0}', '{"epoch": 1, "train_lo', '{"epoch": 2, "bad": null}']
