@@ -2,11 +2,14 @@
 
 import argparse
 import contextlib
+import io
+import itertools
 import math
 import numbers
 import os
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,14 +25,28 @@ class CheckpointError(RuntimeError):
     """Names the file and what is wrong with it."""
 
 
+class _File(io.BufferedWriter):
+    """Remembers why a write failed: torch's writer makes an error of its own of it, which does not say so."""
+
+    error: OSError | None = None
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
     """Writes to a temporary name, flushes to disk and renames: a killed save leaves the older file whole.
 
     Raises CheckpointError where the disk is full or the folder is gone; then too, what was there before is whole.
     """
     temporary = path.with_name(path.name + ".tmp")
+    file = None
     try:
-        with open(temporary, "wb") as file:
+        with _File(io.FileIO(temporary, "wb")) as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -39,7 +56,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)  # a full disk gets its space back
         if isinstance(error, (OSError, RuntimeError)):  # torch's writer turns some of the first into the second
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            cause = (file and file.error) or error
+            reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
             raise CheckpointError(f"{path}: cannot be written ({reason}); older checkpoints are whole") from error
         raise
 
@@ -54,12 +72,20 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def load_checkpoint(path: str | Path) -> dict:
+def load_checkpoint(path: str | Path, verify: bool = False) -> dict:
     """Reads a checkpoint on the CPU with weights_only=True; of other classes only argparse's Namespace is allowed,
-    which VideoMAE stores. A .safetensors file is {"model": its tensors}. Raises CheckpointError."""
+    which VideoMAE stores. A .safetensors file is {"model": its tensors}.
+
+    verify: compare the checksums too, which torch writes and does not read (others can leave them out).
+    Raises CheckpointError.
+    """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise CheckpointError(f"{path}: not a regular file")  # a pipe or a device would be waited for
     try:
+        if verify and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError("checksum")
         if str(path).endswith(".safetensors"):
             return {"model": safetensors.torch.load_file(path)}
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -110,15 +136,42 @@ def prune_checkpoints(folder: Path, every: int, keep_last: int = 0) -> None:
 
 
 def latest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint of a folder that can be read; one that is damaged is named and passed over."""
-    for path in checkpoint_files(folder):
+    """The newest checkpoint of a folder that can be read; one that is damaged is named and passed over. None where the
+    folder has none at all. Raises CheckpointError where none can be read: starting afresh would write over the run."""
+    files = checkpoint_files(folder)
+    for path in files:
         try:
-            state = load_checkpoint(path)
-            check_run_state(state, path)
-            return path, state
+            return path, load_run(path)
         except CheckpointError as error:
             print(f"warning: {error}; trying the one before it", flush=True)
+    if files:
+        raise CheckpointError(
+            f"{folder}: none of its checkpoints can be read ({', '.join(path.name for path in files)}); to start over "
+            "there use --no-auto_resume"
+        )
     return None
+
+
+def load_run(path: str | Path) -> dict:
+    """load_checkpoint of a file that a run of this project wrote, its checksums and content checked."""
+    state = load_checkpoint(path, verify=True)
+    check_run_state(state, path)
+    return state
+
+
+def set_aside_later(folder: Path, epoch: int, steps: float, found: Path | None) -> list[Path]:
+    """Renames checkpoints of a later state than (epoch, steps), where a run goes on from, to NAME.old and returns them:
+    damaged, or of a run that is begun again, they would outlive its own as the newest. Deletes what killed saves left.
+
+    steps: inf after a whole epoch; found: the file the run goes on from, which stays.
+    """
+    later = [path for path in checkpoint_files(folder) if _place(path) > (epoch, steps) and path != found]
+    for path in later:
+        names = (path.with_name(f"{path.name}.old{number or ''}") for number in itertools.count())
+        os.replace(path, next(name for name in names if not name.exists()))
+    for path in Path(folder).glob("checkpoint-*.pth.tmp"):
+        path.unlink()
+    return later
 
 
 def model_weights(

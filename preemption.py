@@ -7,6 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_STATUS = 75  # EX_TEMPFAIL: saved, start me again (scripts/slurm requeues on it)
 GO_ON, SAVE, STOP = range(3)
 
@@ -17,6 +18,23 @@ class Preempted(Exception):
     def __init__(self, message: str, saved: bool):
         super().__init__(f"{message}; " + ("saved: the same command goes on from here" if saved else "nothing saved"))
         self.saved = saved
+
+
+def set_handlers(handlers: dict) -> None:
+    """Of signals, where Python allows it: in the main thread."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def stop_at_once() -> None:
+    """From now on SIGTERM and SIGUSR1 raise Preempted: outside training all there is to save is saved. (Not from the
+    start: a process that waits for the others to join would not hear them.)"""
+
+    def stop(number, frame):
+        raise Preempted(f"stopped by {signal.Signals(number).name}, not in training", True)
+
+    set_handlers(dict.fromkeys(SIGNALS, stop))
 
 
 class Watch:
@@ -36,15 +54,12 @@ class Watch:
         self.pending: tuple | None = None
 
     def __enter__(self):
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                self.before[number] = signal.signal(number, self._remember)
+        self.before = {number: signal.getsignal(number) for number in SIGNALS}
+        set_handlers(dict.fromkeys(SIGNALS, self._remember))
         return self
 
     def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        set_handlers(self.before)
 
     def _remember(self, number, frame):
         self.signal = signal.Signals(number).name

@@ -16,10 +16,10 @@ import modeling_finetune
 from checkpoint import (
     CheckpointError,
     check_moments,
-    check_run_state,
     encoder_weights,
     load_checkpoint,
     load_encoder,
+    load_run,
     load_weights,
     model_weights,
     position_grid,
@@ -40,7 +40,7 @@ from engine_for_finetuning import (
     train_one_epoch,
 )
 from optim_factory import parameter_groups
-from preemption import Preempted, Watch
+from preemption import Preempted, Watch, stop_at_once
 from reports import class_names, write_report
 from run_common import (
     SWITCH,
@@ -501,6 +501,7 @@ def test(model: torch.nn.Module, loader, recipe: FinetuneRecipe, args, source: s
 def run_finetuning(args) -> None:
     check_flags(args)
     init_distributed(args)
+    stop_at_once()
     resolve_amp(args)
     device = torch.device(args.device, args.local_rank) if args.device == "cuda" else torch.device("cpu")
     seed_everything(args.seed)  # the same weights on every rank
@@ -571,9 +572,7 @@ def read_best(output: Path) -> dict:
     if not (output / BEST).exists():
         return {}
     try:
-        state = load_checkpoint(output / BEST)
-        check_run_state(state, output / BEST)
-        return state
+        return load_run(output / BEST)
     except CheckpointError as error:
         log(f"warning: {error}; going on without it")
         return {}

@@ -1,14 +1,18 @@
 """What run_mae_pretraining.py and run_class_finetuning.py share: flags, their checks, output folder, resume, exit."""
 
 import argparse
+import contextlib
 import errno
 import json
 import math
 import multiprocessing
+import os
 import re
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,19 +22,19 @@ import torch
 from backend import Backend, DeepSpeedBackend, deepspeed_config
 from checkpoint import (
     CheckpointError,
-    check_run_state,
     checkpoint_name,
     latest_checkpoint,
-    load_checkpoint,
+    load_run,
     prune_checkpoints,
     restoring,
     save_checkpoint,
     saved_args,
+    set_aside_later,
 )
 from datasets.transforms import mean_and_std
 from datasets.video import DECODERS, ListError, VideoError
 from optim_factory import create_optimizer
-from preemption import EXIT_STATUS, Preempted
+from preemption import EXIT_STATUS, SIGNALS, Preempted, set_handlers
 from utils import UsageError, agree, everyone, is_main_process, log, write_run_description
 
 SWITCH = argparse.BooleanOptionalAction
@@ -326,10 +330,56 @@ def make_backend(
         raise UsageError(str(error)) from error
 
 
-def open_output(args, description: str = "args.json") -> tuple[Path | None, object]:
+class Curves:
+    """tensorboard's file of scalars in a folder, written by the training process itself: the thread of tensorboardX's
+    SummaryWriter dies of a full disk, and training then waits for it forever. Here a full disk ends the curves with a
+    warning. Raises ImportError, OSError."""
+
+    FLUSH_SECONDS = 60
+
+    def __init__(self, folder: str):
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import RecordWriter
+        from tensorboardX.summary import scalar
+
+        self.folder, self.event, self.scalar = folder, Event, scalar
+        os.makedirs(folder, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self.file = RecordWriter(os.path.join(folder, name))
+        self.flushed = 0.0
+        self._write(file_version="brain.Event:2")
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._write(step=step, summary=self.scalar(name, value))
+
+    def close(self) -> None:
+        if self.file is not None:
+            self._attempt(self.file.close)
+            self.file = None
+
+    def _write(self, **content) -> None:
+        if self.file is None:
+            return
+        record = self.event(wall_time=time.time(), **content).SerializeToString()
+        self._attempt(lambda: self.file.write(record))
+        if self.file is not None and time.monotonic() - self.flushed > self.FLUSH_SECONDS:
+            self.flushed = time.monotonic()
+            self._attempt(self.file.flush)
+
+    def _attempt(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except OSError as error:
+            log(f"warning: --log_dir {self.folder}: {error.strerror}; no more curves from this run, log.txt goes on")
+            with contextlib.suppress(OSError):
+                self.file.close()
+            self.file = None
+
+
+def open_output(args, description: str = "args.json") -> tuple[Path | None, Curves | None]:
     """The main process makes --output_dir, writes the description of the run there, and opens --log_dir.
 
-    Returns: the output folder, or None; tensorboard's writer, or None. Raises UsageError.
+    Returns: the output folder, or None; tensorboard's curves, or None. Raises UsageError.
     """
     output = Path(args.output_dir) if args.output_dir else None
     if not is_main_process():
@@ -343,11 +393,9 @@ def open_output(args, description: str = "args.json") -> tuple[Path | None, obje
     if not args.log_dir:
         return output, None
     try:
-        from tensorboardX import SummaryWriter
+        return output, Curves(args.log_dir)
     except ImportError:
         raise UsageError("--log_dir needs tensorboardX: pip install tensorboardX, or leave the flag out") from None
-    try:
-        return output, SummaryWriter(args.log_dir)
     except OSError as error:
         raise UsageError(f"--log_dir {args.log_dir}: cannot be written ({error.strerror})") from error
 
@@ -368,9 +416,7 @@ def find_resume(args) -> tuple[Path, dict] | None:
     Raises: CheckpointError; UsageError where the folder holds another run, or processes see different files.
     """
     if args.resume:
-        state = load_checkpoint(args.resume)
-        check_run_state(state, args.resume)
-        return Path(args.resume), state
+        return Path(args.resume), load_run(args.resume)
     found = latest_checkpoint(args.output_dir) if args.auto_resume and args.output_dir else None
     agree(found and str(found[0]), "checkpoints to go on from")
     if found is None:
@@ -405,6 +451,7 @@ def resume(run, args, found: tuple[Path, dict] | None, steps_per_epoch: int) -> 
     run.load(path, state) restores the optimizer and the rest, not the weights, and returns the epoch after the last
     whole one. Raises CheckpointError, UsageError.
     """
+    _set_aside_later(args, found)
     if found is None:
         return args.start_epoch, None
     path, state = found
@@ -427,6 +474,19 @@ def resume(run, args, found: tuple[Path, dict] | None, steps_per_epoch: int) -> 
         log(f"note: it had {before} clips a step, this run has {effective_batch(args)}: epoch {next_epoch} starts over")
         midway = None
     return next_epoch, midway
+
+
+def _set_aside_later(args, found: tuple[Path, dict] | None) -> None:
+    """Makes what the run goes on from the newest checkpoint of its folder."""
+    if not args.output_dir or not is_main_process():
+        return
+    path, epoch, steps = None, args.start_epoch - 1, math.inf
+    if found:
+        path, state = found
+        epoch, midway = state["epoch"], state.get("midway")
+        epoch, steps = (epoch + 1, midway["steps"]) if midway else (epoch, math.inf)
+    for later in set_aside_later(Path(args.output_dir), epoch, steps, path):
+        log(f"note: {later} is later than where this run goes on: it is now {later.name}.old")
 
 
 def save(args, output: Path, state: dict, epoch: int, where: dict | None = None, must: bool = False) -> bool:
@@ -485,7 +545,8 @@ FAILURES = (
 
 def run_script(train: Callable, args) -> None:
     """train(args), with what the user can put right as one line and a non-zero status; status 75 where training was
-    told to stop and can go on."""
+    told to stop and can go on, 130 after Ctrl-C."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         train(args)
     except (UsageError, ListError, VideoError, CheckpointError) as error:
@@ -495,7 +556,14 @@ def run_script(train: Callable, args) -> None:
         if error.errno not in DISK_ERRORS:
             raise
         sys.exit(f"error: {error.filename or 'writing'}: {error.strerror}")
+    except KeyboardInterrupt:
+        set_handlers({signal.SIGINT: _ignore})
+        if is_main_process():
+            print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        sys.exit(130)  # as a shell has it
     except Preempted as stop:
+        handlers = dict.fromkeys(SIGNALS, _ignore)  # one more while this process ends would change its status
+        set_handlers(handlers)
         log(str(stop))
         _leave_group()
         sys.exit(EXIT_STATUS if stop.saved else 1)
@@ -508,8 +576,13 @@ def run_script(train: Callable, args) -> None:
                 sys.exit(f"error: {meaning} ({reason})")
         raise
     finally:
+        set_handlers(handlers)
         _end_loaders()
     _leave_group()
+
+
+def _ignore(number, frame) -> None:
+    """Of a signal. (SIG_IGN would be inherited by what is started later.)"""
 
 
 def _end_loaders() -> None:

@@ -25,7 +25,7 @@ from masking_generator import FrameMask, MaskSampler, MotionMask, RandomMask, Tu
 from modeling_adamae import AdaMAE, AdaMAESampler
 from modeling_tats import ATTENTIONS, TATS
 from optim_factory import parameter_groups
-from preemption import Preempted, Watch
+from preemption import Preempted, Watch, stop_at_once
 from run_common import (
     SWITCH,
     add_data_flags,
@@ -304,6 +304,7 @@ class Run:
 def train(args) -> None:
     check_flags(args)
     init_distributed(args)
+    stop_at_once()
     resolve_amp(args)
     device = torch.device(args.device, args.local_rank) if args.device == "cuda" else torch.device("cpu")
     seed_everything(args.seed)  # the same weights on every rank

@@ -1,5 +1,6 @@
 """Processes, seeds, metrics and the files a run writes."""
 
+import contextlib
 import datetime
 import json
 import math
@@ -326,6 +327,18 @@ def format_time(seconds: float) -> str:
 # --- files of a run ----------------------------------------------------------------------------------------------
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file whole or leaves the older one whole. Raises OSError that names it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_run_description(path: Path, args) -> None:
     """A JSON file of every resolved flag, package versions and the git revision."""
     packages = ("torch", "torchvision", "timm", "numpy", "decord", "av", "deepspeed")
@@ -348,7 +361,7 @@ def write_run_description(path: Path, args) -> None:
         "python": sys.version.split()[0],
         "git": revision,
     }
-    path.write_text(json.dumps(description, indent=2, default=str) + "\n")
+    replace_text(path, json.dumps(description, indent=2, default=str) + "\n")
 
 
 def append_json_line(path: Path, record: dict) -> None:
@@ -371,10 +384,8 @@ def write_log(output: Path | None, record: dict) -> None:
 def drop_epochs_from(path: Path, epoch: int) -> None:
     """Removes what a killed run logged of epochs that are about to be run again."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _epoch_of(line) < epoch]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temporary, path)
+        lines = path.read_text(errors="replace").splitlines()  # a power cut can leave anything at the end
+        replace_text(path, "".join(f"{line}\n" for line in lines if _epoch_of(line) < epoch))
 
 
 def _epoch_of(line: str) -> float:

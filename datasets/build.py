@@ -202,5 +202,6 @@ def _worker_settings(args):
 
 def _start_worker(worker_id):
     torch.set_num_threads(1)  # workers share the cores with one another and with the training process
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # a scheduler sends them to all: the training process decides
+    # a scheduler, and a terminal, send them to all: the training process decides
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

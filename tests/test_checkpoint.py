@@ -198,11 +198,12 @@ def test_an_unreadable_newest_checkpoint_is_named_and_passed_over(tmp_path, caps
     assert "checkpoint-2.pth" in output.out + output.err and "checkpoint-3.pth" in output.out + output.err
 
 
-def test_a_folder_without_a_readable_checkpoint_has_no_latest(tmp_path):
+def test_a_folder_without_a_checkpoint_has_no_latest_and_one_with_damaged_ones_is_refused(tmp_path):
     assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / "absent") is None
     truncated(tmp_path / "checkpoint-2.pth")
-    assert latest_checkpoint(tmp_path) is None
+    with pytest.raises(CheckpointError, match=r"none of its checkpoints.*checkpoint-2\.pth"):
+        latest_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
