@@ -259,6 +259,11 @@ def unfinished(folder: Path) -> list[str]:
     return [path.name for path in folder.glob("*.tmp")] if folder.is_dir() else []
 
 
+def halves(folder: Path) -> set[tuple[str, int]]:
+    """Half-written files, each with its time."""
+    return {(name, (folder / name).stat().st_mtime_ns) for name in unfinished(folder)}
+
+
 def spread(steps: list[int]) -> str:
     return f"{sum(steps) / len(steps):.1f} steps on average, {max(steps)} at most" if steps else "0"
 
@@ -282,7 +287,9 @@ def kill_often(campaign: Campaign, mask: str, kills: int) -> Row:
     kinds = campaign.random.choices(["start", "step", "save"], [1, 3, 3], k=kills)
     lost, in_save, saw, before = [], 0, "", None
     for step, kind in zip(steps, kinds, strict=True):
-        job = campaign.start(PRETRAIN, folder, *flags)
+        left = halves(folder)
+        minutes = campaign.random.choice([0.002, 0.01])  # between saves
+        job = campaign.start(PRETRAIN, folder, *flags, "--save_ckpt_minutes", minutes)
         if kind == "start":
             job.wait_until(lambda: False, limit=campaign.random.uniform(0.5, 5))
         else:
@@ -293,7 +300,7 @@ def kill_often(campaign: Campaign, mask: str, kills: int) -> Row:
                 time.sleep(campaign.random.uniform(0, 0.03))
         job.send(signal.SIGKILL)
         job.finish()
-        in_save += bool(unfinished(folder))
+        in_save += bool(halves(folder) - left)
         from_step = resumed_step(job.text)
         if before is not None and from_step is not None:
             lost.append(before - from_step)

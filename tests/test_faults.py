@@ -1,6 +1,8 @@
 """What bench/faults.py found, held in small: full disks, damaged checkpoints and logs, Ctrl-C, signals in a test."""
 
+import contextlib
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -12,7 +14,8 @@ import torch
 import run_class_finetuning
 import tests.test_run_finetuning as finetuning
 from checkpoint import CheckpointError, checkpoint_files, latest_checkpoint, save_checkpoint
-from run_common import run_script
+from datasets.build import _start_worker
+from run_common import Curves, run_script
 from tests.test_run_pretraining import command, read_log, run_here, shapes  # noqa: F401  shapes is a fixture
 from utils import drop_epochs_from, replace_text
 
@@ -20,10 +23,18 @@ FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
 
 
-@needs_full
-def test_a_save_on_a_full_disk_says_so_in_plain_words(tmp_path):
+def test_a_save_on_a_full_disk_says_so_in_plain_words(tmp_path, monkeypatch):
     """torch's writer hides the reason behind one of its own."""
-    (tmp_path / "checkpoint-0.pth.tmp").symlink_to(FULL)
+
+    class Nearly(io.FileIO):
+        """Room for what is small, as on a disk where the tensors do not fit."""
+
+        def write(self, data):
+            if len(data) > 10_000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    monkeypatch.setattr(io, "FileIO", Nearly)
     with pytest.raises(CheckpointError, match=rf"checkpoint-0\.pth.*\({os.strerror(errno.ENOSPC)}\)"):
         save_checkpoint(tmp_path / "checkpoint-0.pth", {"model": torch.zeros(100_000)})
     assert not list(tmp_path.iterdir())
@@ -48,6 +59,12 @@ def test_training_goes_on_without_curves_where_log_dir_is_full(shapes, tmp_path,
     output = capsys.readouterr().out
     assert output.count("warning: --log_dir") == 1 and os.strerror(errno.ENOSPC) in output
     assert len(read_log(tmp_path)) == 2
+    monkeypatch.setattr(Curves, "FLUSH_SECONDS", 1e9)
+    curves = Curves(str(tmp_path / "curves"))
+    for step in range(1000):  # more than the file's buffer
+        curves.add_scalar("train/loss", 1.0, step)
+    curves.close()
+    assert capsys.readouterr().out.count("warning: --log_dir") == 1
 
 
 def test_a_changed_byte_in_a_checkpoint_is_seen(tmp_path):
@@ -91,6 +108,22 @@ def test_a_log_that_ends_in_anything_is_cut_back(tmp_path):
     assert path.read_text() == '{"epoch": 0}\n'
 
 
+@contextlib.contextmanager
+def signals_as_before():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield before
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_loader_processes_leave_signals_to_the_training_process():
+    with signals_as_before() as handlers:
+        _start_worker(0)
+        assert {signal.getsignal(number) for number in handlers} == {signal.SIG_IGN}
+
+
 def test_ctrl_c_is_one_line(shapes, tmp_path):  # noqa: F811
     """In a terminal the loader processes get it too."""
     process = subprocess.Popen(
@@ -117,14 +150,11 @@ def test_a_signal_during_the_test_asks_to_be_started_again(finetune_shapes, tmp_
                                 "--output_dir", tmp_path)  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(run_class_finetuning, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        before = signal.getsignal(signal.SIGTERM)
-        try:
+        with signals_as_before():
+            signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the signal came through"))
             with pytest.raises(SystemExit) as stop:
                 run_class_finetuning.main(flags)
             os.kill(os.getpid(), signal.SIGTERM)  # while it ends: changes nothing
-        finally:
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, before)
     assert stop.value.code == 75 and "stopped by SIGTERM, not in training" in capsys.readouterr().out
     run_class_finetuning.main(flags)
     assert (tmp_path / "test.json").exists()
