@@ -73,6 +73,7 @@ class Backend:
             self.module = DistributedDataParallel(
                 self.raw,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,  # or each gradient would lie in memory twice
                 **{BUFFER_SYNC: False},  # position tables, the same everywhere
             )
 

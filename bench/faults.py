@@ -83,6 +83,11 @@ class Job:
     def text(self) -> str:
         return self.path.read_text(errors="replace")
 
+    @property
+    def traceback(self) -> bool:
+        """Whether a program of ours ended with one; torchrun reports a rank's end with its own."""
+        return bool(re.search(r"Traceback \(most recent call last\):\n(?!.*<frozen runpy>)", self.text))
+
     def wait_until(self, happened: Callable[[], object], limit: float = LIMIT, pause: float = 0.003) -> bool:
         """Whether it has happened before the job has ended or the limit was reached."""
         end = time.monotonic() + limit
@@ -200,7 +205,7 @@ class Campaign:
         """The line of the output that matches, with the campaign's folder shortened; noted as a problem where none."""
         text = job.text
         row.expect(not job.hung, "HUNG")
-        row.expect("Traceback" not in text, "traceback")
+        row.expect(not job.traceback, "traceback")
         lines = [line for line in text.splitlines() if re.search(pattern, line)]
         row.expect(bool(lines), f"no line says {pattern!r}, the last is {(text.splitlines() or [''])[-1]!r}")
         return self.short(lines[-1]) if lines else ""
@@ -749,7 +754,7 @@ def signals(campaign: Campaign) -> Iterator[Row]:
             job.wait_until(lambda: False, limit=campaign.random.uniform(0.5, 5))
             job.send(number)
             statuses.append(job.finish())
-            row.expect("Traceback" not in job.text, "traceback")
+            row.expect(not job.traceback, "traceback")
             row.expect(not job.hung, "HUNG")
             row.saw = next((self for self in job.text.splitlines() if self.startswith("stopped")), row.saw)
         row.status, row.lost = ", ".join(map(str, sorted(set(statuses)))), "nothing was done yet"

@@ -7,7 +7,8 @@
 Every row starts its own processes (gloo) and takes two steps by the engines and backends that train, on clips of one
 token frame of 2 x 2, which leave no activations to speak of. The second step is looked at: all live tensors, a storage
 counted once. weights, copy (float32 partitions that DeepSpeed steps instead of the weights) and Adam are as they are
-between steps, gradients as they are right after backward; other is every other tensor (buckets of communication);
+between steps, gradients as they are right after backward; other is every other tensor between steps (buckets of
+communication; DDP's are where the gradients lie);
 between and after are the sums of all at these two times, peak the largest sum during the step. All are of the process
 that holds most; RSS is its resident memory over what it was before there was a model.
 
@@ -97,8 +98,7 @@ def predict(args, sizes: list[int], processes: int) -> dict[str, float]:
         "weights": 4 * count, "adam": 8 * count, "gradients": 4 * count
     }  # fmt: skip
     if stage is None:
-        found["other"] = 4 * count if processes > 1 else 0  # DDP's buckets, as large as the gradients, which stay
-        return found
+        return found  # gradients lie in DDP's buckets
     if stage == 0:
         found["passing"] = 4 * min(count, 5e8)  # gradients in a row for the all-reduce
         return found
@@ -121,12 +121,6 @@ def predict(args, sizes: list[int], processes: int) -> dict[str, float]:
         # weights that were gathered and are kept, and gradients of a bucket; or gradients in a row for the step
         found["passing"] = max(4 * live + bucket, 4 * share)
     return found
-
-
-def between_steps(found: dict[str, float], args) -> float:
-    """Gradients are freed by then, but for the partitions of stage 3 and of offloading, which stay allocated."""
-    stays = zero_stage(args) == 3 or args.offload == "cpu"
-    return sum(found[name] for name in CATEGORIES if name != "gradients" or stays)
 
 
 def after_backward(found: dict[str, float]) -> float:
