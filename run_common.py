@@ -510,7 +510,7 @@ def save(args, output: Path, state: dict, epoch: int, where: dict | None = None,
             problem = str(error)
     problem = everyone(problem)[0]
     if problem and must:
-        raise UsageError(f"{problem}. Make room there and start the same command again")
+        raise UsageError(f"{problem}. Put that right, and start the same command again")
     if problem:
         log(f"warning: {problem}; training goes on")
     return not problem
