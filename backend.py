@@ -297,6 +297,7 @@ class DeepSpeedBackend(Backend):
         )
 
     def _wrap(self, amp: str) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # it would take a GPU where there is one
         deepspeed = import_deepspeed()
         if not dist.is_initialized():  # DeepSpeed has no other way; this group needs no network
             dist.init_process_group(

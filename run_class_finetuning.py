@@ -51,8 +51,10 @@ from run_common import (
     add_process_flags,
     add_run_flags,
     check_ranges,
+    closing,
     create_model,
     describe_schedule,
+    end_with_status,
     find_resume,
     make_backend,
     new_parser,
@@ -644,10 +646,9 @@ def train(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, out
         (output / "test.json").unlink(missing_ok=True)  # it is about other weights
     if stores_features(args):
         store_probe_features(run, loaders, recipe)
-    with Watch(args.save_ckpt_minutes if output and args.save_ckpt else 0) as recipe.watch:  # from here on one can save
+    minutes = args.save_ckpt_minutes if output and args.save_ckpt else 0
+    with Watch(minutes) as recipe.watch, closing(recipe.log_writer):  # from here on there is something to save
         train_epochs(run, loaders, recipe, first_epoch, output)
-    if recipe.log_writer is not None:
-        recipe.log_writer.close()
     log(f"training took {format_time(time.time() - start)}")
 
 
@@ -695,4 +696,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with_status(main)

@@ -376,6 +376,11 @@ class Curves:
             self.file = None
 
 
+def closing(curves: Curves | None):
+    """A context that closes them where there are any."""
+    return contextlib.nullcontext() if curves is None else contextlib.closing(curves)
+
+
 def open_output(args, description: str = "args.json") -> tuple[Path | None, Curves | None]:
     """The main process makes --output_dir, writes the description of the run there, and opens --log_dir.
 
@@ -579,6 +584,27 @@ def run_script(train: Callable, args) -> None:
         set_handlers(handlers)
         _end_loaders()
     _leave_group()
+
+
+def end_with_status(main: Callable[[], None]) -> None:
+    """main(), and the end of the process with its status.
+
+    Where there were several processes, or DeepSpeed, it ends without the interpreter's own clearing up, in which
+    threads of torch's process groups now and then abort it ("terminate called without an active exception"): a
+    finished run would count as crashed, a stopped one would not go back into the queue.
+    """
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and "deepspeed" not in sys.modules:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _ignore(number, frame) -> None:

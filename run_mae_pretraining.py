@@ -35,8 +35,10 @@ from run_common import (
     add_process_flags,
     add_run_flags,
     check_ranges,
+    closing,
     create_model,
     describe_schedule,
+    end_with_status,
     find_resume,
     make_backend,
     new_parser,
@@ -344,10 +346,8 @@ def train(args) -> None:
         log(f"nothing to do: {args.epochs} epochs are finished")
         return
     start = time.time()
-    with Watch(args.save_ckpt_minutes if output else 0) as recipe.watch:
+    with Watch(args.save_ckpt_minutes if output else 0) as recipe.watch, closing(log_writer):
         train_epochs(run, loader, recipe, first_epoch, output)
-    if log_writer is not None:
-        log_writer.close()
     log(f"training took {format_time(time.time() - start)}")
 
 
@@ -389,4 +389,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with_status(main)

@@ -152,12 +152,12 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with contextlib.suppress(OSError):  # where that is not allowed the peak counts from the start of the process
         Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     call()
-    return max(_status_bytes("VmHWM") - before, 0)
+    return max(status_bytes("VmHWM") - before, 0)
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 

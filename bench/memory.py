@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import sys
 import weakref
+from collections.abc import Callable
 from unittest import mock
 
 import torch
@@ -50,8 +51,10 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
-                storage = tensor.untyped_storage()
+            if not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta":  # those have no bytes
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.sizes:
                 self.sizes[storage._cdata] = storage.nbytes()
                 self.live += storage.nbytes()
                 self.peak = max(self.peak, self.live)
@@ -100,27 +103,35 @@ def without_data():
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
 
 
+def prepare(args, device: torch.device) -> tuple[Run, dict, Callable[[int], None]]:
+    """A run, its batch of black clips, and a function that takes the step of this number by the engines."""
+    run = Run(args, device)
+    recipe = PretrainRecipe(grid=run.mae.grid, loss=args.loss, normalize_target=args.normalize_target,
+                            **recipe_settings(args, device, 1))  # fmt: skip
+    shape = (args.batch_size, args.num_frames, 3, args.input_size, args.input_size)
+    seed = torch.zeros(args.batch_size, dtype=torch.int64)
+    batch = {"video": torch.zeros(shape, dtype=torch.uint8), "seed": seed, "failed": []}
+    batches = [batch] * args.accum_iter
+
+    def step(number: int) -> None:
+        if run.tats_backend is None:
+            engine_for_pretraining.train_one_epoch(run.backend, run.sampler, batches, recipe, number)
+        else:
+            engine_for_tats.train_one_epoch(run.backend, run.tats_backend, batches, recipe, ppo_settings(args), number)
+
+    return run, batch, step
+
+
 def peak_of_a_step(args) -> tuple[int, int]:
     """Bytes between steps (weights and optimizer) and at the peak of the second step."""
     args.rank, args.local_rank, args.world_size = 0, 0, 1
-    device = torch.device("cpu")
     with without_data(), LiveBytes() as count:
-        run = Run(args, device)
-        recipe = PretrainRecipe(grid=run.mae.grid, loss=args.loss, normalize_target=args.normalize_target,
-                                **recipe_settings(args, device, 1))  # fmt: skip
-        shape = (args.batch_size, args.num_frames, 3, args.input_size, args.input_size)
-        seed = torch.zeros(args.batch_size, dtype=torch.int64)
-        batch = {"video": torch.empty(shape, dtype=torch.uint8), "seed": seed, "failed": []}
-        batch_bytes = batch["video"].nbytes + seed.nbytes
-        for step in range(2):  # AdamW makes its state in the first
+        run, batch, step = prepare(args, torch.device("cpu"))  # run: held while bytes are counted
+        batch_bytes = batch["video"].nbytes + batch["seed"].nbytes
+        for number in range(2):  # AdamW makes its state in the first
             at_rest = count.live - batch_bytes
             count.peak = count.live
-            if run.tats_backend is None:
-                engine_for_pretraining.train_one_epoch(run.backend, run.sampler, [batch], recipe, step)
-            else:
-                engine_for_tats.train_one_epoch(
-                    run.backend, run.tats_backend, [batch], recipe, ppo_settings(args), step
-                )
+            step(number)
         return at_rest, count.peak
 
 
