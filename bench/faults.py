@@ -415,7 +415,7 @@ def damage(campaign: Campaign) -> Iterator[Row]:
             status = again.finish()
             row.status = str(status)
             if damaged_by is delete:
-                row.saw = campaign.said(row, again, "^resumed after" if count == 1 else "loss")
+                row.saw = campaign.said(row, again, "^resumed after" if count == 1 else "^note: starting")
             elif len(files) > count:
                 row.saw = campaign.said(row, again, "^warning: .*not a readable|^warning: .*is a folder")
                 campaign.said(row, again, "^resumed after")
