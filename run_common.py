@@ -458,6 +458,10 @@ def resume(run, args, found: tuple[Path, dict] | None, steps_per_epoch: int) -> 
     """
     _set_aside_later(args, found)
     if found is None:
+        if args.output_dir and Path(args.output_dir, "log.txt").exists():
+            log(
+                f"note: starting at epoch {args.start_epoch} over an earlier run in {args.output_dir}, no checkpoint used"
+            )
         return args.start_epoch, None
     path, state = found
     saved = saved_args(state, path)
@@ -515,7 +519,7 @@ def save(args, output: Path, state: dict, epoch: int, where: dict | None = None,
             problem = str(error)
     problem = everyone(problem)[0]
     if problem and must:
-        raise UsageError(f"{problem}. Make room there and start the same command again")
+        raise UsageError(f"{problem}. Put that right, and start the same command again")
     if problem:
         log(f"warning: {problem}; training goes on")
     return not problem
@@ -562,12 +566,13 @@ def run_script(train: Callable, args) -> None:
             raise
         sys.exit(f"error: {error.filename or 'writing'}: {error.strerror}")
     except KeyboardInterrupt:
-        set_handlers({signal.SIGINT: _ignore})
+        set_handlers({signal.SIGINT: signal.SIG_IGN})
         if is_main_process():
             print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
         sys.exit(130)  # as a shell has it
     except Preempted as stop:
-        handlers = dict.fromkeys(SIGNALS, _ignore)  # one more while this process ends would change its status
+        # one more while this process ends would change its status; Python would take back a handler of its own early
+        handlers = dict.fromkeys(SIGNALS, signal.SIG_IGN)
         set_handlers(handlers)
         log(str(stop))
         _leave_group()
@@ -605,10 +610,6 @@ def end_with_status(main: Callable[[], None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _ignore(number, frame) -> None:
-    """Of a signal. (SIG_IGN would be inherited by what is started later.)"""
 
 
 def _end_loaders() -> None:

@@ -8,6 +8,7 @@ Every process has a time limit, and a row fails where one is reached. Status 1 w
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -41,6 +42,8 @@ FINETUNE = [
     "run_class_finetuning.py", "--model", "vit_tiny_patch8_64", "--data_set", "custom", "--nb_classes", 10,
     "--batch_size", 4, "--num_sample", 1, "--lr", 0.1, "--test_num_segment", 2, "--test_num_crop", 3, *SHARED,
 ]  # fmt: skip
+# torchrun's own report of a rank that failed begins so too
+OUR_TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?!  File \"<frozen runpy>\")")
 TIMES = {"train_data_time", "train_step_time"}  # of log.txt, never the same twice
 
 
@@ -82,11 +85,6 @@ class Job:
     @property
     def text(self) -> str:
         return self.path.read_text(errors="replace")
-
-    @property
-    def traceback(self) -> bool:
-        """Whether a program of ours ended with one; torchrun reports a rank's end with its own."""
-        return bool(re.search(r"Traceback \(most recent call last\):\n(?!.*<frozen runpy>)", self.text))
 
     def wait_until(self, happened: Callable[[], object], limit: float = LIMIT, pause: float = 0.003) -> bool:
         """Whether it has happened before the job has ended or the limit was reached."""
@@ -205,7 +203,7 @@ class Campaign:
         """The line of the output that matches, with the campaign's folder shortened; noted as a problem where none."""
         text = job.text
         row.expect(not job.hung, "HUNG")
-        row.expect(not job.traceback, "traceback")
+        row.expect(not OUR_TRACEBACK.search(text), "traceback")
         lines = [line for line in text.splitlines() if re.search(pattern, line)]
         row.expect(bool(lines), f"no line says {pattern!r}, the last is {(text.splitlines() or [''])[-1]!r}")
         return self.short(lines[-1]) if lines else ""
@@ -358,9 +356,12 @@ def damage(campaign: Campaign) -> Iterator[Row]:
 
     rng = campaign.random
 
+    cuts = itertools.cycle(["start", "anywhere", "end"])
+
     def truncate(path: Path) -> str:
         size = path.stat().st_size
-        length = rng.choice([0, rng.randrange(1, 1000), rng.randrange(size), size - rng.randrange(1, 200)])
+        ranges = {"start": (0, 1000), "anywhere": (0, size), "end": (size - 200, size)}
+        length = rng.randrange(*ranges[next(cuts)])
         os.truncate(path, length)
         return f"cut to {length} of {size} bytes"
 
@@ -414,7 +415,7 @@ def damage(campaign: Campaign) -> Iterator[Row]:
             status = again.finish()
             row.status = str(status)
             if damaged_by is delete:
-                row.saw = campaign.said(row, again, "^resumed after" if count == 1 else "loss")
+                row.saw = campaign.said(row, again, "^resumed after" if count == 1 else "^note: starting")
             elif len(files) > count:
                 row.saw = campaign.said(row, again, "^warning: .*not a readable|^warning: .*is a folder")
                 campaign.said(row, again, "^resumed after")
@@ -534,10 +535,12 @@ def nan(campaign: Campaign) -> Iterator[Row]:
         row = Row(f"loss NaN on rank 1 of 2 from step 8 on, {name}, {mask}")
         steps = ",".join(map(str, range(8, 100)))
         job = campaign.start(PRETRAIN, folder, *flags, processes=2, inject=f"nan:1:{steps}")
+        ended = job.wait_line("^error: the gradient was not finite")  # by the first; torchrun ends a slower second
+        began = time.monotonic()
         row.status = str(job.finish())
         row.saw = campaign.said(row, job, "^error: ")
-        row.expect(row.status not in ("0", "None"), "status")
-        row.expect(job.text.count("error: the gradient was not finite") == 2, "not both ranks stopped by themselves")
+        row.expect(row.status == "1", "status")
+        row.expect(ended and time.monotonic() - began < 20, "a rank went on")
         states = [torch.load(path, weights_only=True) for path in checkpoint_files(folder)]
         row.expect(bool(states) and all(v.isfinite().all() for s in states for v in s["model"].values()), "checkpoints")
         again = campaign.finish_again(row, PRETRAIN, folder, None, *flags, processes=2)
@@ -754,7 +757,7 @@ def signals(campaign: Campaign) -> Iterator[Row]:
             job.wait_until(lambda: False, limit=campaign.random.uniform(0.5, 5))
             job.send(number)
             statuses.append(job.finish())
-            row.expect(not job.traceback, "traceback")
+            row.expect(not OUR_TRACEBACK.search(job.text), "traceback")
             row.expect(not job.hung, "HUNG")
             row.saw = next((self for self in job.text.splitlines() if self.startswith("stopped")), row.saw)
         row.status, row.lost = ", ".join(map(str, sorted(set(statuses)))), "nothing was done yet"

@@ -97,6 +97,7 @@ def test_what_is_later_than_the_resume_is_set_aside(shapes, tmp_path, capsys):  
     assert not list(tmp_path.glob("*.tmp"))
 
     run_here(shapes, *flags, "--no-auto_resume", "--epochs", 1)  # over the older run: its files are no newer ones
+    assert "note: starting at epoch 0 over an earlier run" in capsys.readouterr().out
     assert [p.name for p in checkpoint_files(tmp_path)] == ["checkpoint-0.pth", "checkpoint-0-step1.pth"]
     assert (tmp_path / "checkpoint-3.pth.old1").is_file()
 
@@ -154,7 +155,7 @@ def test_a_signal_during_the_test_asks_to_be_started_again(finetune_shapes, tmp_
             signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the signal came through"))
             with pytest.raises(SystemExit) as stop:
                 run_class_finetuning.main(flags)
-            os.kill(os.getpid(), signal.SIGTERM)  # while it ends: changes nothing
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # till the end, which one more would change
     assert stop.value.code == 75 and "stopped by SIGTERM, not in training" in capsys.readouterr().out
     run_class_finetuning.main(flags)
     assert (tmp_path / "test.json").exists()
