@@ -460,7 +460,7 @@ def resume(run, args, found: tuple[Path, dict] | None, steps_per_epoch: int) -> 
     if found is None:
         if args.output_dir and Path(args.output_dir, "log.txt").exists():
             log(
-                f"note: starting at epoch {args.start_epoch} over an earlier run in {args.output_dir}, no checkpoint used"
+                f"note: starting at epoch {args.start_epoch} over an earlier run in {args.output_dir}, without checkpoint"
             )
         return args.start_epoch, None
     path, state = found

@@ -111,15 +111,15 @@ def predict(args, sizes: list[int], processes: int) -> dict[str, float]:
         if stage == 1 and args.accum_iter > 1:
             found["gradients"] = 4 * count  # the sum so far is in whole gradients
         found["other"] = 4 * share if args.offload == "cpu" else 0  # a second copy, on its way back
-        # gradients in a row for the step; or two buckets and the gradients of a third
-        found["passing"] = max(4 * share, 3 * bucket)
+        # two buckets and the gradients of a third; or gradients in a row for the step, which offloading has already
+        found["passing"] = 3 * bucket if args.offload == "cpu" else max(4 * share, 3 * bucket)
     else:
         whole = sum(size for size in sizes if size <= settings["stage3_param_persistence_threshold"])
         found["weights"] = 4 * share + 4 * whole
         found["other"] = bucket
-        live = min(count, settings.get("stage3_max_live_parameters", 1e9))
+        live = settings.get("stage3_max_live_parameters", 1e9) + settings["stage3_prefetch_bucket_size"]
         # weights that were gathered and are kept, and gradients of a bucket; or gradients in a row for the step
-        found["passing"] = max(4 * live + bucket, 4 * share)
+        found["passing"] = max(4 * min(count, live) + bucket, 4 * share)
     return found
 
 

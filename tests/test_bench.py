@@ -271,7 +271,7 @@ def test_scaling_formulas(run_here):
         expected = {"ddp": 16, "zero1": 8 + 8 / processes, "zero2": 4 + 12 / processes, "zero3": 16 / processes}
         for name, size in expected.items():
             assert float(rows[0][name]) == pytest.approx(size * parameters, abs=0.006)
-        # weights, gradients, Adam, DDP's buckets; with offload weights, and three buckets of 25 million elements
+        # with offload weights, and three buckets of 25 million elements
         assert float(rows[1]["ddp"]) == pytest.approx(16 * parameters, abs=0.006)
         assert float(rows[1]["zero2-offload"]) == pytest.approx(
             4 * parameters + max(0.3, 4 * parameters / processes), abs=0.006
