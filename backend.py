@@ -143,6 +143,9 @@ class Backend:
         has to ask."""
         return self.raw
 
+    def put_away(self) -> None:
+        """The replica is not needed for a while."""
+
     def state_dict(self) -> dict:
         """The optimizer's state in torch's format, keyed by the parameters' places in the groups, whatever the backend
         and the number of processes; every process has to ask, the main one gets it whole."""
@@ -216,7 +219,7 @@ def deepspeed_config(
     """
     adam = {"lr": lr, "betas": list(betas), "eps": eps, "weight_decay": 0.0, "adam_w_mode": opt == "adamw"}
     adam |= {"torch_adam": True, "fused": True} if fused_adam == "torch" else {"torch_adam": False}
-    zero = {"stage": zero_stage}
+    zero = {"stage": zero_stage, "compute_grad_norm": True}  # by which steps are skipped
     zero["offload_optimizer"] = {"device": offload, "pin_memory": torch.cuda.is_available()}
     decided = {
         "train_micro_batch_size_per_gpu": batch_size,
@@ -358,6 +361,10 @@ class DeepSpeedBackend(Backend):
             return self.raw
         self._replica.load_state_dict(self.weights(self.raw))
         return self._replica.to(self.device)
+
+    def put_away(self) -> None:
+        if self._replica is not None:
+            self._replica.cpu()
 
     def state_dict(self) -> dict:
         state = {}

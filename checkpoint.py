@@ -316,9 +316,14 @@ def check_run_state(state: dict, path: str | Path) -> None:
         raise CheckpointError(f"{path}: its best holds no numbers acc1 and epoch")
     if not all(value is None or isinstance(value, numbers.Real) for value in (state.get("unvalidated") or {}).values()):
         raise CheckpointError(f"{path}: its unvalidated epoch holds more than numbers")
-    midway = state.get("midway") or {"steps": 0, "steps_per_epoch": 1}
-    if not all(isinstance(midway.get(name), int) and midway[name] >= 0 for name in ("steps", "steps_per_epoch")):
-        raise CheckpointError(f"{path}: its midway holds no numbers steps and steps_per_epoch")
+    midway = state.get("midway")
+    counts = ("steps", "steps_per_epoch", "micro_batches_a_step", "num_failed")
+    if midway and not (
+        all(isinstance(midway.get(name), int) and midway[name] >= 0 for name in counts)
+        and all(isinstance(midway.get(name), dict) for name in ("metrics", "skipped", "unreadable"))
+        and isinstance(midway.get("seconds"), list)
+    ):
+        raise CheckpointError(f"{path}: its midway does not say where in an epoch it is")
     saved_args(state, path)
 
 

@@ -97,24 +97,25 @@ class EpochRunner:
         self.window.append((step, loss.detach(), *(b.skipped for b in self.watched.values())))
         last = index + 1 == self.steps
         if last or (index + 1) % self.recipe.print_freq == 0:
-            self._report(index, step, lr)
+            self._report(index, step, lr, complete)
         if not complete or last or self.recipe.watch is None:
             return
         decision = self.recipe.watch.decide()
         if decision in (SAVE, STOP):
-            if self.window:
-                self._report(index, step, lr)
+            if self.progress.window_steps:
+                self._report(index, step, lr, complete)
             where = self.where(index + 1)  # every process
             written = self.recipe.save is not None and self.recipe.save(self.epoch, where)
             if decision == STOP:
                 raise Preempted(f"stopped in epoch {self.epoch} after {index + 1} of {self.steps} batches", written)
 
-    def _report(self, index: int, step: int, lr: float) -> None:
+    def _report(self, index: int, step: int, lr: float, complete: bool) -> None:
         values = self.progress.report(index, self.metrics, lr)
         if self.recipe.log_writer is not None:
             for name, value in {**values, "lr": lr}.items():
                 self.recipe.log_writer.add_scalar(f"train/{name}", value, step)
-        self._record_skipped_steps()
+        if complete:  # or a skipped step's micro-batches would be in two windows
+            self._record_skipped_steps()
         in_a_row = int(max(backend.skipped_in_a_row for backend in self.watched.values()))
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UsageError(

@@ -7,6 +7,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from utils import UsageError
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_STATUS = 75  # EX_TEMPFAIL: saved, start me again (scripts/slurm requeues on it)
 GO_ON, SAVE, STOP = range(3)
@@ -27,14 +29,15 @@ def set_handlers(handlers: dict) -> None:
             signal.signal(number, handler)
 
 
-def stop_at_once() -> None:
-    """From now on SIGTERM and SIGUSR1 raise Preempted: outside training all there is to save is saved. (Not from the
-    start: a process that waits for the others to join would not hear them.)"""
+def stop_at_once(saves: bool) -> None:
+    """From now on SIGTERM and SIGUSR1 raise Preempted: outside training all there is to save is saved, if the run saves
+    at all. One process only: several wait for one another where Python hears no signal, and are better killed."""
 
     def stop(number, frame):
-        raise Preempted(f"stopped by {signal.Signals(number).name}, not in training", True)
+        raise Preempted(f"stopped by {signal.Signals(number).name}, not in training", saves)
 
-    set_handlers(dict.fromkeys(SIGNALS, stop))
+    if not dist.is_initialized():
+        set_handlers(dict.fromkeys(SIGNALS, stop))
 
 
 class Watch:
@@ -50,7 +53,15 @@ class Watch:
         self.started = time.monotonic()
         self.signal = ""
         # of its own, so that it runs beside NCCL and beside collectives of training
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self.group = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            try:
+                self.group = dist.new_group(backend="gloo")
+            except RuntimeError as error:
+                raise UsageError(
+                    "the processes cannot reach one another by gloo, which agrees on when to stop: set "
+                    f"GLOO_SOCKET_IFNAME to the network interface between the nodes ({str(error).splitlines()[0]})"
+                ) from error
         self.pending: tuple | None = None
 
     def __enter__(self):
@@ -67,24 +78,26 @@ class Watch:
     def _wish(self) -> int:
         if self.signal:
             return STOP
-        if self.save_seconds and time.monotonic() - self.started >= self.save_seconds:
-            self.started = time.monotonic()
-            return SAVE
-        return GO_ON
+        due = self.save_seconds and time.monotonic() - self.started >= self.save_seconds
+        return SAVE if due else GO_ON
 
     def decide(self) -> int:
         """GO_ON, SAVE or STOP: the most urgent wish of any process, one call late where there are several."""
-        wish = self._wish()
-        if self.group is None:
-            return wish
-        answer = self._answer()
-        flag = torch.tensor([wish])
-        self.pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, self.group, async_op=True), flag)
+        answer = self._settle(self._wish() if self.group is None else self._answer())
+        if self.group is not None:
+            flag = torch.tensor([self._wish()])
+            self.pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, self.group, async_op=True), flag)
         return answer
 
-    def stops(self) -> bool:
-        """Whether a signal has reached any process so far; waits for all of them. For the end of an epoch."""
-        return self.decide() == STOP or (self.group is not None and self._answer() == STOP)
+    def decide_now(self) -> int:
+        """As decide, but waits for all processes. For the end of an epoch."""
+        answer = self.decide()
+        return answer if self.group is None else max(answer, self._settle(self._answer()))
+
+    def _settle(self, answer: int) -> int:
+        if answer == SAVE:
+            self.started = time.monotonic()  # everybody's clock, whoever's it was
+        return answer
 
     def _answer(self) -> int:
         if self.pending is None:

@@ -40,7 +40,7 @@ from engine_for_finetuning import (
     train_one_epoch,
 )
 from optim_factory import parameter_groups
-from preemption import Preempted, Watch, stop_at_once
+from preemption import STOP, Preempted, Watch, stop_at_once
 from reports import class_names, write_report
 from run_common import (
     SWITCH,
@@ -73,6 +73,7 @@ from utils import (
     agree,
     barrier,
     drop_epochs_from,
+    everyone,
     format_time,
     init_distributed,
     is_main_process,
@@ -503,7 +504,7 @@ def test(model: torch.nn.Module, loader, recipe: FinetuneRecipe, args, source: s
 def run_finetuning(args) -> None:
     check_flags(args)
     init_distributed(args)
-    stop_at_once()
+    stop_at_once(saves=bool(args.output_dir and args.save_ckpt))
     resolve_amp(args)
     device = torch.device(args.device, args.local_rank) if args.device == "cuda" else torch.device("cpu")
     seed_everything(args.seed)  # the same weights on every rank
@@ -556,14 +557,17 @@ def run_finetuning(args) -> None:
     loaders = {"test": loaders["test"]}  # ends the worker processes of the others
     barrier()  # the best checkpoint is written
     best = read_best(output) if output and args.save_ckpt else {}
-    if best.get("best") == run.best:
+    has_best = best.get("best") == run.best
+    agree(has_best, "best checkpoints")
+    if has_best:
         source = str(output / BEST)
         model = load_finished(args, source, best).to(device)
     else:
         source = f"the weights after epoch {max(first_epoch, args.epochs) - 1}"
         model = run.evaluated
     agree(source, "best checkpoints")
-    if finished and output and is_tested(output, test_settings(args, loaders["test"], source)):
+    tested = output and is_tested(output, test_settings(args, loaders["test"], source))
+    if finished and everyone(tested)[0]:
         log(f"nothing to do: {args.epochs} epochs are finished and tested ({output / 'test.json'})")
         return
     test(model, loaders["test"], recipe, args, source, output)
@@ -615,6 +619,7 @@ def validate(run: Run, loader, recipe: FinetuneRecipe, epoch: int, output: Path 
     """Accuracies of the central view of each video; writes checkpoint-best.pth when top-1 has risen."""
     args = run.args
     scores = evaluate(run.evaluated, loader, recipe, args.amp, args.batch_size, args.allow_missing)
+    run.backend.put_away()
     stats = {"val_acc1": scores.accuracy(1), "val_acc5": scores.accuracy(5), "val_loss": scores.loss()}
     if stats["val_acc1"] > run.best["acc1"]:
         run.best = {"acc1": stats["val_acc1"], "epoch": epoch}
@@ -661,7 +666,8 @@ def train_epochs(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: i
     saves = output and args.save_ckpt
 
     def save_midway(epoch: int, where: dict) -> bool:
-        average_batch_norm(run.backend.raw, run.device)  # one file for all processes
+        for model in [run.backend.raw] + ([run.ema.module] if run.ema else []):
+            average_batch_norm(model, run.device)  # one file for all processes
         return save(args, output, run.state(epoch - 1, where), epoch, where)
 
     recipe.save = save_midway if saves else None
@@ -671,7 +677,7 @@ def train_epochs(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: i
         stats = train_one_epoch(run.backend, loaders["train"], recipe, epoch, run.ema)
         stats = {f"train_{name}": value for name, value in stats.items()}
         run.unvalidated, problem = None, None
-        last, stop = epoch + 1 == args.epochs, recipe.watch.stops()
+        last, stop = epoch + 1 == args.epochs, recipe.watch.decide_now() == STOP
         try:
             if stop and saves and "val" in loaders:  # there may be no time to validate: a resume does
                 run.unvalidated = stats
@@ -683,7 +689,7 @@ def train_epochs(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: i
                 )  # before the checkpoint: a resume takes away lines, it cannot add one
         except VideoError as error:  # on every process: save what was trained, then stop; a resume validates first
             run.unvalidated, problem = stats, error
-        stop = stop or recipe.watch.stops()
+        stop = stop or recipe.watch.decide_now() == STOP
         written = saves and save(args, output, run.state(epoch), epoch, must=last)
         if problem:
             raise problem

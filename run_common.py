@@ -416,13 +416,16 @@ FREE_ON_RESUME = {
 
 
 def find_resume(args) -> tuple[Path, dict] | None:
-    """--resume's checkpoint, or the newest in --output_dir, the same on every process.
+    """The newest checkpoint in --output_dir, or --resume's where none there comes of it, the same on every process.
 
     Raises: CheckpointError; UsageError where the folder holds another run, or processes see different files.
     """
-    if args.resume:
-        return Path(args.resume), load_run(args.resume)
     found = latest_checkpoint(args.output_dir) if args.auto_resume and args.output_dir else None
+    if args.resume:
+        own = found and saved_args(found[1], found[0]).get("resume") == args.resume  # stopped, and started once more
+        found = found if own else (Path(args.resume), load_run(args.resume))
+        agree(str(found[0]), "checkpoints to go on from")
+        return found
     agree(found and str(found[0]), "checkpoints to go on from")
     if found is None:
         return None
@@ -459,9 +462,7 @@ def resume(run, args, found: tuple[Path, dict] | None, steps_per_epoch: int) -> 
     _set_aside_later(args, found)
     if found is None:
         if args.output_dir and Path(args.output_dir, "log.txt").exists():
-            log(
-                f"note: starting at epoch {args.start_epoch} over an earlier run in {args.output_dir}, without checkpoint"
-            )
+            log(f"note: {args.output_dir} holds an earlier run; this one starts at epoch {args.start_epoch} without it")
         return args.start_epoch, None
     path, state = found
     saved = saved_args(state, path)
@@ -482,6 +483,8 @@ def resume(run, args, found: tuple[Path, dict] | None, steps_per_epoch: int) -> 
     if midway and (midway["steps_per_epoch"], before) != (steps_per_epoch, effective_batch(args)):
         log(f"note: it had {before} clips a step, this run has {effective_batch(args)}: epoch {next_epoch} starts over")
         midway = None
+        if is_main_process() and args.output_dir and path.parent.resolve() == Path(args.output_dir).resolve():
+            os.replace(path, path.with_name(checkpoint_name(next_epoch, 0)))  # older than what this run will write
     return next_epoch, midway
 
 
@@ -514,9 +517,13 @@ def save(args, output: Path, state: dict, epoch: int, where: dict | None = None,
     if is_main_process():
         try:
             save_checkpoint(output / checkpoint_name(epoch, where and where["steps"]), state)
-            prune_checkpoints(output, args.save_ckpt_freq, args.keep_last)
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             problem = str(error)
+        else:
+            try:
+                prune_checkpoints(output, args.save_ckpt_freq, args.keep_last)
+            except OSError as error:
+                log(f"warning: {error.filename} is no longer needed and cannot be deleted ({error.strerror})")
     problem = everyone(problem)[0]
     if problem and must:
         raise UsageError(f"{problem}. Put that right, and start the same command again")
@@ -619,7 +626,7 @@ def _end_loaders() -> None:
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's takes their end for a failure
         for child in children:
             child.kill()
-            child.join()
+            child.join(5)  # one that waits for a dead mount does not even end by this
         signal.signal(signal.SIGCHLD, handler)
 
 

@@ -25,7 +25,7 @@ from masking_generator import FrameMask, MaskSampler, MotionMask, RandomMask, Tu
 from modeling_adamae import AdaMAE, AdaMAESampler
 from modeling_tats import ATTENTIONS, TATS
 from optim_factory import parameter_groups
-from preemption import Preempted, Watch, stop_at_once
+from preemption import GO_ON, STOP, Preempted, Watch, stop_at_once
 from run_common import (
     SWITCH,
     add_data_flags,
@@ -306,7 +306,7 @@ class Run:
 def train(args) -> None:
     check_flags(args)
     init_distributed(args)
-    stop_at_once()
+    stop_at_once(saves=bool(args.output_dir))
     resolve_amp(args)
     device = torch.device(args.device, args.local_rank) if args.device == "cuda" else torch.device("cpu")
     seed_everything(args.seed)  # the same weights on every rank
@@ -376,11 +376,11 @@ def train_epochs(run: Run, loader, recipe: PretrainRecipe, first_epoch: int, out
         # before the checkpoint: a resume takes away lines, it cannot add one
         record = {f"train_{name}": value for name, value in stats.items()}
         write_log(output, record | {"epoch": epoch, "n_parameters": run.num_parameters})
-        last, stop = epoch + 1 == args.epochs, recipe.watch.stops()
+        last, decision = epoch + 1 == args.epochs, recipe.watch.decide_now()
         written = False
-        if output and (last or stop or (epoch + 1) % args.save_ckpt_freq == 0):
+        if output and (last or decision != GO_ON or (epoch + 1) % args.save_ckpt_freq == 0):
             written = save(args, output, run.state(epoch, (epoch + 1) * recipe.steps_per_epoch), epoch, must=last)
-        if stop and not last:
+        if decision == STOP and not last:
             raise Preempted(f"stopped after epoch {epoch}", written)
 
 

@@ -33,7 +33,7 @@ ALLOWED = {
     "backend": set(),
     "checkpoint": set(),
     "utils": set(),
-    "preemption": set(),
+    "preemption": {"utils"},
     "datasets.transforms": set(),
     "datasets.moving_shapes": set(),
     "datasets.video": set(),

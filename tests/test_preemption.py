@@ -1,12 +1,16 @@
 """Signals and the clock in one process; several: test_distributed.py. Kills and full disks: test_faults.py."""
 
 import json
+import multiprocessing
 import os
 import signal
 
 import pytest
 import torch
 
+import engine_for_pretraining
+import preemption
+import run_class_finetuning
 from checkpoint import checkpoint_files, latest_checkpoint, prune_checkpoints
 from datasets.moving_shapes import write_dataset
 from epoch_runner import EpochRunner
@@ -116,12 +120,85 @@ def test_the_clock_saves_in_mid_epoch_and_two_files_stay(shapes, tmp_path, at_st
     assert [path.name for path in checkpoint_files(tmp_path)] == ["checkpoint-1.pth", "checkpoint-1-step6.pth"]
 
 
-def test_another_number_of_clips_a_step_starts_the_epoch_over(shapes, tmp_path, at_step, capsys):
+def test_another_number_of_clips_a_step_starts_the_epoch_over_once(shapes, tmp_path, at_step, capsys):
     at_step(9, lambda runner: os.kill(os.getpid(), signal.SIGTERM))
     run(shapes, tmp_path, status=75)
-    run(shapes, tmp_path, batch_size=7)
+    at_step(5, lambda runner: os.kill(os.getpid(), signal.SIGTERM))  # the second of four steps of epoch 1
+    run(shapes, tmp_path, batch_size=7, status=75)
     assert "it had 4 clips a step, this run has 7: epoch 1 starts over" in capsys.readouterr().out
+    run(shapes, tmp_path, batch_size=7)
+    assert "resumed after 2 of 4 steps of epoch 1" in capsys.readouterr().out
     assert [record["epoch"] for record in log_of(tmp_path)] == [0, 1]
+
+
+def test_a_run_from_resume_goes_on_with_its_own_saves(shapes, tmp_path, at_step, capsys):
+    """Or a job that is put back into the queue would start from the same file again and again."""
+    run(shapes, tmp_path / "first", "--epochs", "1")
+    source = ["--resume", str(tmp_path / "first" / "checkpoint-0.pth")]
+    run(shapes, tmp_path / "whole", *source)
+    at_step(9, lambda runner: os.kill(os.getpid(), signal.SIGTERM))
+    run(shapes, tmp_path / "stopped", *source, status=75)
+    capsys.readouterr()
+    run(shapes, tmp_path / "stopped", *source)
+    assert "resumed after 3 of 7 steps of epoch 1" in capsys.readouterr().out
+    assert log_of(tmp_path / "stopped") == log_of(tmp_path / "whole")
+
+
+def test_the_clock_is_heard_at_the_end_of_an_epoch(shapes, tmp_path, at_step):
+    at_step(6, lambda runner: setattr(runner.recipe.watch, "save_seconds", 1e-9))
+    at_step(7, lambda runner: setattr(runner.recipe.watch, "save_seconds", 0))
+    run(shapes, tmp_path, "--save_ckpt_freq", "9")
+    assert [path.name for path in checkpoint_files(tmp_path)] == ["checkpoint-1.pth", "checkpoint-0.pth"]
+
+
+def test_all_that_an_epoch_counts_is_carried_over(shapes, tmp_path, at_step, monkeypatch):
+    """Accumulation, several clips a video, a loader process, a skipped step and a broken video before the stop; the
+    signal reaches the loader process too."""
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"not a video")
+    lines = [f"{shapes.parent / line}" for line in shapes.read_text().splitlines()]
+    data = tmp_path / "list.csv"
+    data.write_text("\n".join([*lines[:22], f"{broken} 0", f"{broken} 0"]) + "\n")
+    flags = ["--accum_iter", "2", "--num_sample", "2", "--num_workers", "1", "--print_freq", "3", "--epochs", "2",
+             "--mask_type", "random"]  # fmt: skip
+    error = engine_for_pretraining.masked_error
+    seen = []  # micro-batches; 12 an epoch, 6 steps
+
+    def nan_once(*arguments):
+        seen.append(None)
+        return error(*arguments) * (float("nan") if len(seen) == 2 else 1.0)
+
+    def signal_all(runner):
+        for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
+            os.kill(pid, signal.SIGTERM)
+
+    monkeypatch.setattr(engine_for_pretraining, "masked_error", nan_once)
+    run(data, tmp_path / "whole", *flags)
+    seen.clear()
+    at_step(4, signal_all)
+    run(data, tmp_path / "stopped", *flags, status=75)
+    assert (tmp_path / "stopped" / "checkpoint-0-step5.pth").exists()
+    run(data, tmp_path / "stopped", *flags)
+    whole = log_of(tmp_path / "whole")
+    assert log_of(tmp_path / "stopped") == whole
+    assert whole[0]["train_skipped_steps"] == 1 and whole[0]["train_unreadable_videos"] >= 1
+    skipped = [(tmp_path / f / "skipped_steps.jsonl").read_text() for f in ("whole", "stopped")]
+    (line,) = map(json.loads, skipped[0].splitlines())
+    assert skipped[0] == skipped[1] and (line["step"], line["loss"], len(line["videos"])) == (0, "nan", 2)
+
+
+def test_a_probe_goes_on_in_mid_epoch(shapes, tmp_path, at_step):
+    flags = ["--data_path", str(shapes.parent), "--data_set", "custom", "--nb_classes", "10", "--linear_probe",
+             "--model", "vit_tiny_patch8_64", "--input_size", "32", "--num_frames", "4", "--batch_size", "4",
+             "--num_workers", "0", "--device", "cpu", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1",
+             "--num_sample", "1", "--test_num_segment", "1", "--test_num_crop", "1", "--accum_iter", "2"]  # fmt: skip
+    run_class_finetuning.main([*flags, "--output_dir", str(tmp_path / "whole")])
+    at_step(1, lambda runner: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        run_class_finetuning.main([*flags, "--output_dir", str(tmp_path / "stopped")])
+    assert stop.value.code == 75 and (tmp_path / "stopped" / "checkpoint-0-step2.pth").exists()
+    run_class_finetuning.main([*flags, "--output_dir", str(tmp_path / "stopped")])
+    assert log_of(tmp_path / "stopped") == log_of(tmp_path / "whole")
 
 
 def test_the_newest_by_place_and_what_is_pruned(tmp_path):
@@ -143,11 +220,30 @@ def test_the_newest_by_place_and_what_is_pruned(tmp_path):
 
 def test_one_process_decides_at_once():
     watch = Watch(save_minutes=0)
-    assert watch.decide() == GO_ON and not watch.stops()
+    assert watch.decide() == watch.decide_now() == GO_ON
     watch.save_seconds = 1e-9
-    assert watch.decide() == SAVE
+    assert watch.decide() == watch.decide_now() == SAVE
     watch.signal = "SIGTERM"
-    assert watch.decide() == STOP and watch.stops()
+    assert watch.decide() == watch.decide_now() == STOP
+
+
+def test_all_clocks_start_again_when_one_has_asked(monkeypatch):
+    """Or each of several processes would ask for a save of its own."""
+
+    class Work:
+        def wait(self):
+            pass
+
+    asked = []
+    monkeypatch.setattr(preemption.dist, "all_reduce", lambda flag, *_, **__: asked.append(int(flag)) or Work())
+    watch = Watch(save_minutes=1)
+    watch.group = object()
+    watch.started -= 1000  # due here too
+    watch.pending = (Work(), torch.tensor([SAVE]))  # another process was first
+    assert watch.decide() == SAVE and asked == [GO_ON]
+    watch.started -= 1000
+    assert watch.decide() == GO_ON and asked == [GO_ON, SAVE]  # one call late
+    assert watch.decide_now() == SAVE and asked[2:] == [GO_ON]
 
 
 def test_means_do_not_depend_on_where_they_were_interrupted():
