@@ -462,7 +462,8 @@ def resume(run, args, found: tuple[Path, dict] | None, steps_per_epoch: int) -> 
     _set_aside_later(args, found)
     if found is None:
         if args.output_dir and Path(args.output_dir, "log.txt").exists():
-            log(f"note: {args.output_dir} holds an earlier run; this one starts at epoch {args.start_epoch} without it")
+            place = f"over an earlier run in {args.output_dir}, no checkpoint used"
+            log(f"note: starting at epoch {args.start_epoch} {place}")
         return args.start_epoch, None
     path, state = found
     saved = saved_args(state, path)
