@@ -548,10 +548,12 @@ def write_deepspeed_configs(output: Path | None, backends: dict[str, Backend]) -
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ESTALE, errno.EIO)
 # Beginnings of what torch, gloo and NCCL say, and what it means.
+LOADER_DIED = (
+    "a loader process died, for want of memory or by a crash of the decoder; lower --num_workers, and look for broken "
+    "videos with tools/check_videos.py"
+)
 FAILURES = (
-    (r"DataLoader worker .*(exited unexpectedly|killed by signal)",
-     "a loader process died, for want of memory or by a crash of the decoder; lower --num_workers, and look for broken "
-     "videos with tools/check_videos.py"),
+    (r"DataLoader worker .*(exited unexpectedly|killed by signal)", LOADER_DIED),
     (r"DataLoader timed out", "no batch came for half an hour: a loader process hangs, or the disk does"),
     (r"Connection (closed|reset) by|Broken pipe|NCCL error|NCCL communicator was aborted|gloo.*[Tt]imed out",
      "lost touch with another process, which has ended or hangs; its own output says why"),
@@ -569,6 +571,8 @@ def run_script(train: Callable, args) -> None:
     except (UsageError, ListError, VideoError, CheckpointError) as error:
         # an error from a loader process comes with that process's traceback around it
         sys.exit(f"error: {str(error).rsplit('VideoError: ', 1)[-1].strip()}")
+    except (EOFError, ConnectionError) as error:  # it died while it handed over a batch
+        sys.exit(f"error: {LOADER_DIED} ({type(error).__name__})")
     except OSError as error:  # a full or read-only disk, a quota, a lost mount
         if error.errno not in DISK_ERRORS:
             raise

@@ -162,11 +162,11 @@ def test_all_that_an_epoch_counts_is_carried_over(shapes, tmp_path, at_step, mon
     flags = ["--accum_iter", "2", "--num_sample", "2", "--num_workers", "1", "--print_freq", "3", "--epochs", "2",
              "--mask_type", "random"]  # fmt: skip
     error = engine_for_pretraining.masked_error
-    seen = []  # micro-batches; 12 an epoch, 6 steps
+    seen = []  # micro-batches, 12 an epoch, 6 steps; the third begins a step and ends a line of progress
 
     def nan_once(*arguments):
         seen.append(None)
-        return error(*arguments) * (float("nan") if len(seen) == 2 else 1.0)
+        return error(*arguments) * (float("nan") if len(seen) == 3 else 1.0)
 
     def signal_all(runner):
         for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
@@ -184,7 +184,7 @@ def test_all_that_an_epoch_counts_is_carried_over(shapes, tmp_path, at_step, mon
     assert whole[0]["train_skipped_steps"] == 1 and whole[0]["train_unreadable_videos"] >= 1
     skipped = [(tmp_path / f / "skipped_steps.jsonl").read_text() for f in ("whole", "stopped")]
     (line,) = map(json.loads, skipped[0].splitlines())
-    assert skipped[0] == skipped[1] and (line["step"], line["loss"], len(line["videos"])) == (0, "nan", 2)
+    assert skipped[0] == skipped[1] and (line["step"], line["loss"], len(line["videos"])) == (1, "nan", 2)
 
 
 def test_a_probe_goes_on_in_mid_epoch(shapes, tmp_path, at_step):

@@ -357,3 +357,15 @@ def test_a_compiler_that_fails_is_one_line_and_other_errors_stay_as_they_are():
     for arguments in (dict(compile=False, error=failure), dict(compile=True, error=RuntimeError("other"))):
         with pytest.raises(RuntimeError):
             run_script(train, argparse.Namespace(**arguments))
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer"),
+                                   RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")])  # fmt: skip
+def test_a_loader_process_that_dies_is_one_line(error):
+    """Whatever it was doing: computing, or handing over a batch."""
+
+    def train(args):
+        raise error
+
+    with pytest.raises(SystemExit, match="^error: a loader process died, .*--num_workers"):
+        run_script(train, argparse.Namespace())
