@@ -293,7 +293,7 @@ def position_grid(state: dict, table: Tensor, grid: tuple[int, int, int], tubele
     t = frames // tubelet if isinstance(frames, int) else 0
     side = math.isqrt(table.shape[1] // t) if t > 0 else 0
     if t * side * side != table.shape[1] or not side:
-        raise CheckpointError(f"{path}: its {table.shape[1]} positions are not {frames!r} frames of a square")
+        raise CheckpointError(f"{path}: its {table.shape[1]} positions are not {t or repr(frames)} frames of a square")
     return t, side, side
 
 

@@ -494,6 +494,6 @@ def test_each_part_can_be_checkpointed_alone_and_changes_nothing(mask_type, chos
     "flag", [*(f"--decoder_mask_ratio {x}" for x in ("1.0", "-0.1", "nan", "1.5")), "--checkpoint_modules sampler"]
 )
 def test_flags_that_make_no_sense_get_one_clear_error(flag):
-    message = "(must be at least 0 and less than 1|--mask_type tube has nothing to recompute)"
+    message = "(must be at least 0 and less than 1|must be a finite number|--mask_type tube has nothing to recompute)"
     with pytest.raises(SystemExit, match=f"^error: {flag}: {message}$"):
         main(flag.split())
