@@ -553,8 +553,9 @@ def test_no_code_of_a_checkpoint_runs(save, shapes, runs, tmp_path):
                 SAVES[save](state, path)
                 with pytest.raises(CheckpointError, match="not a readable checkpoint"):
                     load_checkpoint(path)
-                with pytest.raises(CheckpointError, match="none of its checkpoints can be read"):
-                    latest_checkpoint(tmp_path)
+                if path.suffix == ".pth":  # a run's
+                    with pytest.raises(CheckpointError, match="none of its checkpoints can be read"):
+                        latest_checkpoint(tmp_path)
         flags = ["--data_path", shapes / "train.csv", *PRETRAIN, *TATS_NOW]
         assert refusal(run_mae_pretraining.main, [*flags, "--resume", path], path)
         assert refusal(run_mae_pretraining.main, [*flags, "--finetune", path], path)
