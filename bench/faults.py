@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-LIMIT = 90.0  # seconds any run may take from one event to the next
+LIMIT = 180.0  # seconds any run may take from one event to the next (DeepSpeed may have to compile)
 STEPS = 6  # optimizer steps an epoch: 24 clips, 4 a step
 SHARED = [
     "--input_size", 32, "--num_frames", 4, "--sampling_rate", 2, "--device", "cpu", "--print_freq", 1,
@@ -113,6 +113,8 @@ class Job:
             self.process.wait(limit)
         except subprocess.TimeoutExpired:
             self.hung = True
+            for pid in self.children():  # torchrun's ranks have sessions of their own
+                self.send(signal.SIGKILL, pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # also what it left behind
         return self.process.wait(10)
