@@ -11,6 +11,8 @@
 #   PYTHON       interpreter (default: .venv's, else python3)
 #   MODEL  MASK_RATIO  BATCH_SIZE (a process)  NUM_SAMPLE  ACCUM_ITER  EPOCHS  WARMUP_EPOCHS  LR  NUM_WORKERS  SAVE_FREQ
 #   SEED
+#   SCALE        paper (default: ViT-B, 16 frames of 224 x 224) or tiny: a model of 0.6 M weights, 8 frames of INPUT_SIZE
+#                (64), large learning rates, minutes on a CPU
 #   DRY_RUN=1    print the command instead of running it
 set -euo pipefail
 
@@ -60,6 +62,45 @@ need_data() {
     fi
 }
 
+# What depends on the scale. A run of minutes needs large learning rates, the sampler too, and TATS once the loss has left
+# its plateau (docs/SAMPLER.md).
+case ${SCALE:-paper} in
+    paper)
+        PRETRAIN_FLAGS=(--model "${MODEL:-pretrain_videomae_base_patch16_224}" --decoder_depth 4 --num_frames 16
+            --batch_size "${BATCH_SIZE:-32}" --num_sample "${NUM_SAMPLE:-1}" --lr "${LR:-1.5e-4}"
+            --warmup_epochs "${WARMUP_EPOCHS:-40}" --epochs "${EPOCHS:-400}"
+            --save_ckpt_freq "${SAVE_FREQ:-20}" --num_workers "${NUM_WORKERS:-8}")
+        # The paper's settings of TATS (table 4).
+        TATS_FLAGS=(--mask_type tats --tats_attention orthoformer --tats_blocks 1 --num_landmarks 128 --softmax_temp 1
+            --tats_lr 1.5e-6 --tats_start_epoch 10 --tats_rollout_steps 1 --ppo_epochs 1 --ppo_clip 0.2
+            --policy_coef 1e-4 --value_coef 1e-4 --entropy_coef 1e-4)
+        # Of the paper's table 7; what it shares with the defaults of the flags (layer decay, label smoothing, mixup,
+        # cutmix, drop path, weight decay) is not repeated, so that --linear_probe brings its own.
+        FINETUNE_FLAGS=(--model "${MODEL:-vit_base_patch16_224}" --num_frames 16
+            --batch_size "${BATCH_SIZE:-8}" --num_sample "${NUM_SAMPLE:-1}" --lr "${LR:-1e-3}"
+            --warmup_epochs "${WARMUP_EPOCHS:-5}" --epochs "${EPOCHS:-100}"
+            --save_ckpt_freq "${SAVE_FREQ:-10}" --num_workers "${NUM_WORKERS:-8}")
+        ;;
+    tiny)
+        EPOCHS=${EPOCHS:-20}
+        PRETRAIN_FLAGS=(--model "${MODEL:-pretrain_videomae_tiny_patch8_64}" --input_size "${INPUT_SIZE:-64}"
+            --decoder_depth 2 --num_frames 8 --batch_size "${BATCH_SIZE:-16}" --num_sample "${NUM_SAMPLE:-4}"
+            --lr "${LR:-3.2e-2}" --warmup_lr 0 --min_lr 0 --warmup_epochs "${WARMUP_EPOCHS:-1}" --epochs "$EPOCHS"
+            --save_ckpt_freq "${SAVE_FREQ:-1000}" --num_workers "${NUM_WORKERS:-1}" --print_freq 50)
+        TATS_FLAGS=(--mask_type tats --tats_attention trajectory --tats_start_epoch "${TATS_START_EPOCH:-$((EPOCHS / 2))}"
+            --tats_lr "${TATS_LR:-2e-4}" --entropy_coef "${ENTROPY_COEF:-1e-5}" --normalize_advantage)
+        FINETUNE_FLAGS=(--model "${MODEL:-vit_tiny_patch8_64}" --input_size "${INPUT_SIZE:-64}" --num_frames 8
+            --batch_size "${BATCH_SIZE:-16}" --num_sample "${NUM_SAMPLE:-4}" --lr "${LR:-1.6e-2}"
+            --crop_scale 0.5 1 --aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0 --smoothing 0
+            --init_scale 1 --layer_decay 0.9 --clip_grad 1 --warmup_epochs "${WARMUP_EPOCHS:-1}" --epochs "$EPOCHS"
+            --save_ckpt_freq "${SAVE_FREQ:-1000}" --num_workers "${NUM_WORKERS:-1}" --print_freq 50)
+        ;;
+    *)
+        echo "error: SCALE=$SCALE: choose paper or tiny" >&2
+        exit 2
+        ;;
+esac
+
 # pretrain NAME FLAGS...: the recipe of the paper's tables 4 and 8 for every method and data set.
 pretrain() {
     local name=$1
@@ -70,32 +111,18 @@ pretrain() {
         --data_path "$DATA_PATH" \
         --output_dir "$output" \
         --log_dir "$output" \
-        --model "${MODEL:-pretrain_videomae_base_patch16_224}" \
-        --decoder_depth 4 \
+        "${PRETRAIN_FLAGS[@]}" \
         --mask_ratio "${MASK_RATIO:-0.95}" \
-        --batch_size "${BATCH_SIZE:-32}" \
         --accum_iter "${ACCUM_ITER:-1}" \
-        --num_frames 16 \
         --crop multiscale \
         --opt adamw \
         --opt_betas 0.9 0.95 \
         --weight_decay 0.05 \
-        --lr "${LR:-1.5e-4}" \
-        --warmup_epochs "${WARMUP_EPOCHS:-40}" \
-        --epochs "${EPOCHS:-400}" \
-        --save_ckpt_freq "${SAVE_FREQ:-20}" \
-        --num_workers "${NUM_WORKERS:-8}" \
         --seed "${SEED:-0}" \
         "$@"
 }
 
-# The paper's settings of TATS (table 4).
-TATS_FLAGS=(--mask_type tats --tats_attention orthoformer --tats_blocks 1 --num_landmarks 128 --softmax_temp 1
-    --tats_lr 1.5e-6 --tats_start_epoch 10 --tats_rollout_steps 1 --ppo_epochs 1 --ppo_clip 0.2
-    --policy_coef 1e-4 --value_coef 1e-4 --entropy_coef 1e-4)
-
-# finetune NAME FLAGS...: the recipe of the paper's table 7; what it shares with the defaults of the flags (layer decay,
-# label smoothing, mixup, cutmix, drop path, weight decay) is not repeated, so that --linear_probe brings its own.
+# finetune NAME FLAGS...: the recipe of the paper's table 7.
 finetune() {
     local name=$1 initial=()
     shift
@@ -120,19 +147,11 @@ finetune() {
         --data_path "$DATA_PATH" \
         --output_dir "$output" \
         --log_dir "$output" \
-        --model "${MODEL:-vit_base_patch16_224}" \
         "${initial[@]}" \
-        --batch_size "${BATCH_SIZE:-8}" \
-        --num_sample "${NUM_SAMPLE:-1}" \
+        "${FINETUNE_FLAGS[@]}" \
         --accum_iter "${ACCUM_ITER:-1}" \
-        --num_frames 16 \
         --opt adamw \
         --opt_betas 0.9 0.999 \
-        --lr "${LR:-1e-3}" \
-        --warmup_epochs "${WARMUP_EPOCHS:-5}" \
-        --epochs "${EPOCHS:-100}" \
-        --save_ckpt_freq "${SAVE_FREQ:-10}" \
-        --num_workers "${NUM_WORKERS:-8}" \
         --seed "${SEED:-0}" \
         "$@"
 }

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The paper's table 5: (e, k), epochs before TATS and steps a phase 1; EK says others, as "0,1 3,1".
+# bash scripts/ablations/rollout.sh; DATA_SET, SCALE, SEEDS and all else: scripts/compare/sweep.sh.
+source "$(dirname "${BASH_SOURCE[0]}")/../compare/sweep.sh"
+MASK_RATIOS=${MASK_RATIOS:-0.95}
+EK=${EK:-0,1 1,1 5,1 10,1 25,1 100,1 50,5 50,10 50,25}
+for pair in $EK; do
+    add_variants "e${pair%,*}-k${pair#*,}" --tats_start_epoch "${pair%,*}" --tats_rollout_steps "${pair#*,}"
+done
+run_units "ablations_$DATA_SET/rollout" --by mask_ratio tats_start_epoch tats_rollout_steps --paper table5 "$@"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The paper's table 2, transfer: pre-trained on one data set, fine-tuned on another.
+#   DATA_SET=k400 DATA_PATH=lists/k400 TO_SET=ucf101 TO_PATH=lists/ucf101 bash scripts/compare/table2.sh
+# Pre-trainings of table1.sh serve where OUTPUT_DIR is that of table 1. TO: name of the folders, default TO_SET.
+# Settings: scripts/compare/sweep.sh.
+source "$(dirname "${BASH_SOURCE[0]}")/sweep.sh"
+if [ -z "${TO_SET:-}" ] || [ -z "${TO_PATH:-}" ]; then
+    echo "error: set TO_SET (a folder of scripts/) and TO_PATH (a folder with train.csv and val.csv) to what is fine-tuned on" >&2
+    exit 2
+fi
+MASK_RATIOS=${MASK_RATIOS:-0.85 0.9 0.95} TO=${TO:-$TO_SET} OUTPUT_DIR=${OUTPUT_DIR:-$REPOSITORY/output/compare/table1_$DATA_SET}
+add_methods
+run_units "table1_$DATA_SET" --baseline tube --paper table2 "$@"
