@@ -10,7 +10,7 @@ import modeling_adamae
 from backend import Backend
 from datasets.transforms import normalize
 from epoch_runner import EpochRunner, Recipe
-from masking_generator import Mask, MaskSampler, motion_energy, motion_lift
+from masking_generator import Mask, MaskSampler, motion_energy, motion_lift, texture_energy
 from modeling_pretrain import reconstruction_target, token_error
 
 
@@ -52,6 +52,7 @@ def train_one_epoch(
             else:
                 mask = sampler(video, seed)
                 prediction = backend.module(video, mask)
+        texture = texture_energy(video, recipe.grid) if mask.log_prob is not None else None
         del video
         error = error_of(prediction, pixels, mask, recipe)
         del prediction
@@ -59,7 +60,7 @@ def train_one_epoch(
         values = {"loss": loss, "motion_lift": motion_lift(energy, mask.visible)}
         if mask.log_prob is not None:
             sampling = modeling_adamae.sampling_loss(mask, error, sampling_coef)
-            values |= sampler_metrics(mask, error) | {"sampling_loss": sampling}
+            values |= sampler_metrics(mask, error, texture) | {"sampling_loss": sampling}
             loss = loss + sampling
         backend.backward(loss)
         runner.metrics.update(**values)
@@ -71,11 +72,18 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def sampler_metrics(mask: Mask, error: Tensor) -> dict[str, Tensor]:
+def sampler_metrics(mask: Mask, error: Tensor, texture: Tensor) -> dict[str, Tensor]:
     """For every learned sampler: mean reward; entropy over log N (1 = uniform); contrast N sum p^2 (1 = uniform), the
-    expected probability of a drawn token in units of 1/N."""
+    expected probability of a drawn token in units of 1/N; texture lift, 0 = it draws flat patches alone.
+
+    texture: texture_energy of the clips, float32 [B, N]."""
     probability = mask.log_prob.exp()
     num_tokens = probability.shape[1]
     entropy = -(probability * mask.log_prob).sum(dim=1).mean()
     contrast = num_tokens * probability.square().sum(dim=1).mean()
-    return {"reward": error.mean(), "entropy": entropy / math.log(num_tokens), "contrast": contrast}
+    return {
+        "reward": error.mean(),
+        "entropy": entropy / math.log(num_tokens),
+        "contrast": contrast,
+        "texture_lift": motion_lift(texture, mask.visible),
+    }

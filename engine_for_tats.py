@@ -8,7 +8,7 @@ import ppo
 from backend import Backend
 from engine_for_pretraining import PretrainRecipe, masked_error, sampler_metrics, to_device
 from epoch_runner import EpochRunner
-from masking_generator import motion_energy, motion_lift
+from masking_generator import motion_energy, motion_lift, texture_energy
 
 
 @dataclass
@@ -51,6 +51,7 @@ def train_one_epoch(
             mask = (tats.module if one_pass else tats.raw)(video, seed, tokens)
         with mae.autocast():
             prediction = mae.module(video, mask)
+        texture = texture_energy(video, recipe.grid)
         del video
         error = error_of(prediction, pixels, mask, recipe)
         del prediction
@@ -66,7 +67,7 @@ def train_one_epoch(
             loss=loss,
             motion_lift=motion_lift(energy, mask.visible),
             value=mask.value.mean(),
-            **sampler_metrics(mask, error),
+            **sampler_metrics(mask, error, texture),
         )
         if one_pass:
             _update(tats, mask.log_prob, mask.value, episode, settings, runner)

@@ -10,7 +10,18 @@ from torch import Tensor
 from backend import Backend
 from optim_factory import cosine_schedule
 from preemption import SAVE, STOP, Preempted, Watch
-from utils import Metrics, Progress, UsageError, append_json_line, everyone, is_main_process, log, total, world_size
+from utils import (
+    Metrics,
+    Progress,
+    UsageError,
+    append_json_line,
+    everyone,
+    is_main_process,
+    log,
+    peak_memory,
+    total,
+    world_size,
+)
 
 MAX_SKIPPED_IN_A_ROW = 20
 SKIPPED_STEPS = "skipped_steps.jsonl"  # in the output folder
@@ -192,6 +203,7 @@ class EpochRunner:
         return {
             **self.metrics.read_epoch(),
             **self.progress.epoch_times(),
+            "peak_memory": peak_memory(self.recipe.mean.device),
             **{f"{n}skipped_steps": float(b.skipped) - self.skipped_before[n] for n, b in self.watched.items()},
             "unreadable_videos": num_failed,
         }

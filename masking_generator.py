@@ -192,10 +192,18 @@ def motion_energy(video: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 def motion_lift(energy: Tensor, visible: Tensor) -> Tensor:
     """Mean motion energy of the visible tokens over that of all tokens, 0-d float32; 1.0 = the mask is blind to motion.
+    With another energy (texture_energy) the same of that.
 
     A ratio of batch means, so that clips without motion neither divide by zero nor count.
     """
     return energy.gather(1, visible).mean() / energy.mean().clamp_min(1e-12)
+
+
+def texture_energy(video: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Variance of a token's pixels, mean over colours, float32 [B, N]; 0 = flat. video float [B, 3, T, H, W]."""
+    kernel = tuple(size // cells for size, cells in zip(video.shape[2:], grid, strict=True))
+    mean, square = (F.avg_pool3d(x, kernel) for x in (video.float(), video.float().square()))
+    return (square - mean.square()).clamp_min(0).mean(dim=1).flatten(1)
 
 
 class MotionMask(MaskSampler):

@@ -51,6 +51,7 @@ from run_common import (
     save,
     write_deepspeed_configs,
 )
+from sampler_guard import SamplerGuard
 from utils import (
     UsageError,
     drop_epochs_from,
@@ -360,6 +361,7 @@ def train_epochs(run: Run, loader, recipe: PretrainRecipe, first_epoch: int, out
         return save(args, output, state, epoch, where)
 
     recipe.save = save_midway if output else None
+    guard = SamplerGuard()
     for epoch in range(first_epoch, args.epochs):
         done = recipe.midway["steps"] * args.accum_iter if recipe.midway else 0
         loader.sampler.set_epoch(epoch, done * loader.batch_size)
@@ -373,6 +375,8 @@ def train_epochs(run: Run, loader, recipe: PretrainRecipe, first_epoch: int, out
             stats = engine_for_tats.train_one_epoch(
                 run.backend, run.tats_backend, loader, recipe, ppo_settings(args), epoch
             )
+        for warning in guard.check(stats):
+            log(f"warning: {warning}")
         # before the checkpoint: a resume takes away lines, it cannot add one
         record = {f"train_{name}": value for name, value in stats.items()}
         write_log(output, record | {"epoch": epoch, "n_parameters": run.num_parameters})

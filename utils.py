@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -316,6 +317,13 @@ class Progress:
     def epoch_times(self) -> dict[str, float]:
         """Mean seconds a micro-batch."""
         return {"data_time": self.data_seconds / self.steps, "step_time": self.seconds / self.steps}
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most that this process has held so far, in GiB: tensors on a GPU, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
 
 
 def format_time(seconds: float) -> str:

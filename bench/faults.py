@@ -44,7 +44,7 @@ FINETUNE = [
 ]  # fmt: skip
 # torchrun's own report of a rank that failed begins so too
 OUR_TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?!  File \"<frozen runpy>\")")
-TIMES = {"train_data_time", "train_step_time"}  # of log.txt, never the same twice
+TIMES = {"train_data_time", "train_step_time", "train_peak_memory"}  # of log.txt, never the same twice
 
 
 @dataclass

@@ -64,6 +64,7 @@ need_data() {
 
 # What depends on the scale. A run of minutes needs large learning rates, the sampler too, and TATS once the loss has left
 # its plateau (docs/SAMPLER.md).
+ENCODER_FLAGS=()
 case ${SCALE:-paper} in
     paper)
         PRETRAIN_FLAGS=(--model "${MODEL:-pretrain_videomae_base_patch16_224}" --decoder_depth 4 --num_frames 16
@@ -92,8 +93,9 @@ case ${SCALE:-paper} in
         FINETUNE_FLAGS=(--model "${MODEL:-vit_tiny_patch8_64}" --input_size "${INPUT_SIZE:-64}" --num_frames 8
             --batch_size "${BATCH_SIZE:-16}" --num_sample "${NUM_SAMPLE:-4}" --lr "${LR:-1.6e-2}"
             --crop_scale 0.5 1 --aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0 --smoothing 0
-            --init_scale 1 --layer_decay 0.9 --clip_grad 1 --warmup_epochs "${WARMUP_EPOCHS:-1}" --epochs "$EPOCHS"
+            --clip_grad 1 --warmup_epochs "${WARMUP_EPOCHS:-1}" --epochs "$EPOCHS"
             --save_ckpt_freq "${SAVE_FREQ:-1000}" --num_workers "${NUM_WORKERS:-1}" --print_freq 50)
+        ENCODER_FLAGS=(--init_scale 1 --layer_decay 0.9) # a frozen one has no use for them
         ;;
     *)
         echo "error: SCALE=$SCALE: choose paper or tiny" >&2
@@ -135,7 +137,7 @@ finetune() {
     # one folder for each starting point and mode: a folder goes on with the run it holds
     local flag from=scratch
     for flag in "$@"; do
-        case $flag in --linear_probe | --attentive_probe) name=${name/finetune/${flag#--}} ;; esac
+        case $flag in --linear_probe | --attentive_probe) name=${name/finetune/${flag#--}} ENCODER_FLAGS=() ;; esac
     done
     if [ "$MODEL_PATH" != none ]; then
         initial=(--finetune "$MODEL_PATH")
@@ -149,6 +151,7 @@ finetune() {
         --log_dir "$output" \
         "${initial[@]}" \
         "${FINETUNE_FLAGS[@]}" \
+        "${ENCODER_FLAGS[@]}" \
         --accum_iter "${ACCUM_ITER:-1}" \
         --opt adamw \
         --opt_betas 0.9 0.999 \

@@ -463,7 +463,7 @@ def test_compiled_training_has_no_graph_break_and_the_same_losses(flags, parts, 
     tolerance = 0.01 if "bf16" in flags else 1e-5  # autocast adds in bf16 what a weight used twice gets
     for i in range(2):
         expected, stats = train_step(plain, i), train_step(compiled, i)
-        for name in expected.keys() - {"data_time", "step_time"}:
+        for name in expected.keys() - {"data_time", "step_time", "peak_memory"}:
             assert stats[name] == pytest.approx(expected[name], rel=tolerance, abs=1e-7, nan_ok=True), name
         assert len(graphs) == parts  # nothing is compiled again in the next epoch
 

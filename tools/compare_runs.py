@@ -152,7 +152,7 @@ class Row:
 
 
 def pretraining_of(run: Run, pretrainings: list[Run]) -> Run | None:
-    """The one whose checkpoint a fine-tuning started from; by the last two names of its path where the tree was moved."""
+    """The one whose checkpoint a fine-tuning started from; by the last two names of its path in a moved tree."""
     folder = Path(run.args["finetune"]).parent
     same = [other for other in pretrainings if other.folder.resolve() == folder.resolve()]
     if not same:
@@ -422,8 +422,8 @@ def write_tables(output: Path, rows: list[Row], notes: list[str], args: argparse
     ]
     explanation = [
         "",
-        "error: mean reconstruction error of the masked tokens in the last epoch; under different masks these are errors "
-        "of different tokens. motion lift: frame difference of the visible tokens over that of all, 1 = blind to motion.",
+        "error: mean reconstruction error of the masked tokens in the last epoch; under different masks these are "
+        "errors of different tokens. motion lift: frame difference of the visible tokens over that of all, 1 = blind.",
         "± is half of a 95 % interval over seeds (Student's t), (a to b) Wilson's of the tested videos at one seed.",
     ]
     text = "\n".join([*lines, *explanation, *(f"- {note}" for note in notes)]) + "\n"

@@ -1,7 +1,8 @@
 """What the paper (arXiv 2505.08561) reports, for the columns "reported, not measured here" of tools/compare_runs.py.
 
 Tables 1, 2 and 9: {data set: {(method, mask ratio): {column: figure}}}; tables 3, 5 and 6: {flags: {their values:
-{column: figure}}}. top-1 and top-5 in %; memory in GB at ViT-B, 16 x 224 x 224, batch 32; error: reconstruction error on UCF101.
+{column: figure}}}. top-1 and top-5 in %; memory in GB at ViT-B, 16 x 224 x 224, batch 32; error: reconstruction
+error on UCF101.
 """
 
 METHODS = ("tube", "adamae", "tats")  # VideoMAE, AdaMAE, the paper's own

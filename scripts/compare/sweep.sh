@@ -6,7 +6,7 @@
 #   DATA_PATH    folder with train.csv and val.csv (shapes: written where there is none)
 #   METHODS      of tube random frame motion adamae tats
 #   MASK_RATIOS  SEEDS        lists, as "0.85 0.9 0.95"
-#   EVALUATIONS  of finetune linear_probe attentive_probe (default finetune)
+#   EVALUATIONS  of finetune linear_probe attentive_probe (default finetune; empty: none)
 #   OUTPUT_DIR   default output/compare/NAME; METHOD-ratioR-seedS/{pretrain,finetune,linear_probe} are made in it
 #   JOBS         units at a time on this machine (default 1), a log.txt each
 #   SCALE, EPOCHS ...   all of scripts/common.sh; PRETRAIN_EPOCHS, FINETUNE_EPOCHS, PROBE_EPOCHS say it for one kind of run
@@ -19,7 +19,7 @@
 set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cd "$REPOSITORY"
-DATA_SET=${DATA_SET:-shapes} METHODS=${METHODS:-tube adamae tats} SEEDS=${SEEDS:-0} EVALUATIONS=${EVALUATIONS:-finetune}
+DATA_SET=${DATA_SET:-shapes} METHODS=${METHODS:-tube adamae tats} SEEDS=${SEEDS:-0} EVALUATIONS=${EVALUATIONS-finetune}
 if [ "$DATA_SET" = shapes ]; then
     SCALE=${SCALE:-tiny} DATA_PATH=${DATA_PATH:-$REPOSITORY/output/shapes}
     export INPUT_SIZE=${INPUT_SIZE:-32}
@@ -80,7 +80,7 @@ run_unit() {
     for evaluation in $EVALUATIONS; do
         [ -f "$folder/$evaluation${TO:+_$TO}/test.json" ] || missing+=" $evaluation"
     done
-    if [ -z "$missing" ] && [ -n "$EVALUATIONS" ]; then return 0; fi
+    if [ -z "$missing" ] && [ -n "${EVALUATIONS// /}" ]; then return 0; fi
     # shellcheck disable=SC2086  # the extra flags are several words
     EPOCHS=${PRETRAIN_EPOCHS:-${EPOCHS:-}} DATA_PATH=$DATA_PATH/train.csv OUTPUT_DIR=$folder/pretrain \
         bash "scripts/$DATA_SET/$script" "$@" ${PRETRAIN_EXTRA:-} || return
