@@ -99,6 +99,18 @@ class TATS(MaskSampler):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
+    @torch.no_grad()
+    def trajectory_of(self, tokens: Tensor, token: int) -> Tensor:
+        """Attention of one token in each frame, heads averaged, float32 [B, t, S] summing to 1 in a frame, of the last
+        block (paper, figure 3). tokens as in forward. Raises ValueError for plain attention, which has no frames."""
+        x = tokens.detach() + self.pos_embed.to(tokens.dtype)
+        for block in self.blocks[:-1]:
+            x = block(x, self.grid[0])
+        last = self.blocks[-1]
+        if isinstance(last.attn, Attention):
+            raise ValueError("--tats_attention mha has no trajectories to draw")
+        return last.attn.trajectory_of(last.norm1(x), self.grid[0], token)
+
     def draw_mask(self, video: Tensor | None, seed: Tensor | None, tokens: Tensor) -> Mask:
         x = tokens.detach() + self.pos_embed.to(tokens.dtype)
         value = self.critic(x.mean(dim=1)).squeeze(-1).float()

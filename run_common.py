@@ -340,9 +340,9 @@ class Curves:
     def __init__(self, folder: str):
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.record_writer import RecordWriter
-        from tensorboardX.summary import scalar
+        from tensorboardX.summary import image, scalar
 
-        self.folder, self.event, self.scalar = folder, Event, scalar
+        self.folder, self.event, self.scalar, self.image = folder, Event, scalar, image
         os.makedirs(folder, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         self.file = RecordWriter(os.path.join(folder, name))
@@ -351,6 +351,10 @@ class Curves:
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self._write(step=step, summary=self.scalar(name, value))
+
+    def add_image(self, name: str, picture: torch.Tensor, step: int) -> None:
+        """picture uint8 [3, H, W]."""
+        self._write(step=step, summary=self.image(name, picture.numpy()))
 
     def close(self) -> None:
         if self.file is not None:

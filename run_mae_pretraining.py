@@ -19,8 +19,10 @@ from checkpoint import (
     restoring,
 )
 from datasets.build import build_pretraining_loader
+from datasets.transforms import normalize
 from engine_for_pretraining import PretrainRecipe
 from engine_for_tats import PPOSettings
+from mask_pictures import mask_picture
 from masking_generator import FrameMask, MaskSampler, MotionMask, RandomMask, TubeMask
 from modeling_adamae import AdaMAE, AdaMAESampler
 from modeling_tats import ATTENTIONS, TATS
@@ -127,6 +129,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--normalize_target", default=True, action=SWITCH, help="each colour of each token to mean 0, deviation 1"
     )
     group.add_argument("--normlize_target", dest="normalize_target", type=parse_bool, help=argparse.SUPPRESS)
+    group.add_argument("--picture_freq", default=0, type=int,
+                       help="epochs between pictures of masks in --log_dir's tensorboard files; 0: none")  # fmt: skip
     group.add_argument("--adamae_coef", default=1e-4, type=float, help="weight of AdaMAE's sampling loss")
 
     group = parser.add_argument_group("TATS and PPO")
@@ -174,7 +178,7 @@ def check_flags(args) -> None:
         args,
         at_least_1="decoder_depth tats_blocks num_landmarks tats_rollout_steps ppo_epochs",
         positive="tats_lr softmax_temp ppo_clip",
-        not_negative="tats_start_epoch policy_coef value_coef entropy_coef adamae_coef",
+        not_negative="picture_freq tats_start_epoch policy_coef value_coef entropy_coef adamae_coef",
         at_most_1000="decoder_depth tats_blocks ppo_epochs",
     )
     if args.softmax_temp < 1e-6:  # float32 logits over it would overflow
@@ -187,6 +191,10 @@ def check_flags(args) -> None:
         raise UsageError(f"--checkpoint_modules sampler: --mask_type {args.mask_type} has nothing to recompute")
     if args.compile and args.enable_deepspeed and args.zero_stage == 3:
         raise UsageError("--compile does not go with --zero_stage 3, whose weights come and go: use 2, or leave it out")
+    if args.picture_freq and not args.log_dir:
+        raise UsageError(f"--picture_freq {args.picture_freq}: the pictures need --log_dir")
+    if args.picture_freq and args.enable_deepspeed and args.zero_stage == 3:
+        raise UsageError("--picture_freq does not go with --zero_stage 3: use 2, or draw checkpoints by run_mae_vis.py")
     if args.finetune and args.resume:
         raise UsageError("--finetune starts a run from weights, --resume goes on with one: give one of them")
 
@@ -276,6 +284,20 @@ class Run:
             tats = self.tats_backend.state_dict()
             state |= {"tats_optimizer": tats["optimizer"], "tats_scaler": tats["scaler"]}
         return state | ({"midway": midway} if midway else {})
+
+    @torch.no_grad()
+    def draw_masks(self, dataset, recipe: PretrainRecipe, warming_up: bool) -> torch.Tensor:
+        """Picture uint8 [3, H, W] of the masks of a few clips, the same in every epoch. Training does not notice."""
+        items = [dataset[index, index] for index in range(min(4, len(dataset)))]
+        clips = torch.stack([item["video"][0] for item in items]).to(self.device)
+        seed = torch.stack([item["seed"][0] for item in items]).to(self.device)
+        pixels, video = normalize(clips, recipe.mean, recipe.std)
+        sampler = self.warmup_sampler if self.warmup_sampler is not None and warming_up else self.sampler
+        sampler.eval()
+        tokens = self.mae.encoder.patch_embed(video) if sampler.needs_tokens else None
+        mask = sampler.draw_mask(video, seed, tokens)
+        sampler.train()
+        return mask_picture(pixels, mask, self.mae.grid)
 
     def _load_weights(self, path: Path, state: dict) -> None:
         needed = ["model", "optimizer", "scaler", "rng", "epoch", "args"] + [self.learned] * bool(self.learned)
@@ -375,6 +397,9 @@ def train_epochs(run: Run, loader, recipe: PretrainRecipe, first_epoch: int, out
             stats = engine_for_tats.train_one_epoch(
                 run.backend, run.tats_backend, loader, recipe, ppo_settings(args), epoch
             )
+        if recipe.log_writer is not None and args.picture_freq and (epoch + 1) % args.picture_freq == 0:
+            picture = run.draw_masks(loader.dataset, recipe, epoch < args.tats_start_epoch)
+            recipe.log_writer.add_image("masks", picture, (epoch + 1) * recipe.steps_per_epoch)
         for warning in guard.check(stats):
             log(f"warning: {warning}")
         # before the checkpoint: a resume takes away lines, it cannot add one

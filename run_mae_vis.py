@@ -1,5 +1,6 @@
 """Draw what a pre-trained masked autoencoder and its sampler do with videos: one PNG a video, laid out as the paper's
-figures: frames, reconstruction, error, sampling probability, mask, and the mask of a second checkpoint.
+figures: frames, reconstruction, error, sampling probability, mask, the mask of a second checkpoint, and the trajectory
+attention of one token (--attention); with --gif also an animation of the mask.
 
 The checkpoint's own flags are used; any flag of run_mae_pretraining.py given here overrides them.
 """
@@ -14,11 +15,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_weights, model_weights, saved_args
 from datasets.transforms import mean_and_std, normalize
 from datasets.video import ListError, VideoError, read_frames, read_list
+from mask_pictures import darken
 from masking_generator import Mask, motion_energy, motion_lift
 from modeling_pretrain import normalize_patches, patchify, token_error, unpatchify
 from run_common import saved_defaults
@@ -39,6 +42,14 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[argparse.Namespace,
     parser.add_argument("--data_path", default="", help="list file to take videos from instead")
     parser.add_argument("--num_videos", default=4, type=int, help="how many of --data_path, evenly spaced (default 4)")
     parser.add_argument("--output_dir", default="output/pictures", help="folder for the PNGs (default output/pictures)")
+    parser.add_argument(
+        "--attention", action="store_true", help="also the trajectory attention of a token of TATS (paper, figure 3)"
+    )
+    parser.add_argument("--token", nargs=3, type=int, metavar=("FRAME", "ROW", "COLUMN"),
+                        help="of --attention, in tokens from 0 (default: the one that moves most)")  # fmt: skip
+    parser.add_argument(
+        "--gif", action="store_true", help="also an animation: the video beside what the encoder sees of it"
+    )
     parser.add_argument("--top_k", action="store_true", help="most probable tokens instead of a draw as in training")
     return parser.parse_known_args(arguments)
 
@@ -54,6 +65,7 @@ class Trained:
             path, state = newest
         else:
             state = load_checkpoint(path)
+        self.path = path
         parser = get_parser()
         known = [action.dest for action in parser._actions]
         parser.set_defaults(**saved_defaults(parser, saved_args(state, path), known, path))
@@ -136,12 +148,50 @@ def rows_of(trained: Trained, clip: torch.Tensor, top_k: bool) -> tuple[list[tup
 def mask_row(trained: Trained, pixels: torch.Tensor, mask: Mask, top_k: bool) -> tuple[str, np.ndarray, None]:
     """The frames with hidden tokens darkened."""
     grid = trained.mae.grid
-    tubelet = trained.args.num_frames // grid[0]
-    keep = (~mask.hidden()).float().reshape(1, 1, *grid)
-    keep = torch.nn.functional.interpolate(keep, size=(grid[0], *pixels.shape[3:]), mode="nearest")
-    shown = pixels[:, :, ::tubelet] * (0.12 + 0.88 * keep)
+    shown = darken(pixels[:, :, :: trained.args.num_frames // grid[0]], mask, grid)
     how = "top-k" if top_k and trained.sampler.needs_tokens else "as drawn"
     return f"{trained.args.mask_type} mask\n({how})", shown[0].permute(1, 2, 3, 0).numpy(), None
+
+
+@torch.no_grad()
+def attention_row(trained: Trained, clip: torch.Tensor, token: list[int] | None) -> tuple[str, np.ndarray, None]:
+    """The frames in grey under the attention of one token, which is outlined in its own frame. Raises UsageError."""
+    if trained.args.mask_type != "tats" or trained.args.tats_attention == "mha":
+        kind = trained.args.mask_type + " mha" * (trained.args.mask_type == "tats")
+        raise UsageError(f"--attention: {trained.path} is of {kind}, which has no trajectory attention")
+    pixels, video = normalize(clip.unsqueeze(0), trained.mean, trained.std)
+    grid = trained.mae.grid
+    if token is None:
+        token = np.unravel_index(int(motion_energy(video, grid).argmax()), grid)
+    if any(not 0 <= place < size for place, size in zip(token, grid, strict=True)):
+        raise UsageError(
+            f"--token {' '.join(map(str, token))}: the grid has {' x '.join(map(str, grid))} tokens, from 0"
+        )
+    frame, row, column = map(int, token)
+    index = int(np.ravel_multi_index((frame, row, column), grid))
+    weights = trained.sampler.trajectory_of(trained.mae.encoder.patch_embed(video), index).reshape(grid)
+    side = [size // cells for size, cells in zip(pixels.shape[3:], grid[1:], strict=True)]
+    heat = weights.repeat_interleave(side[0], 1).repeat_interleave(side[1], 2)
+    heat = plt.get_cmap("inferno")((heat / heat.max()).numpy())[..., :3]
+    grey = pixels[0, :, :: trained.args.num_frames // grid[0]].mean(dim=0).unsqueeze(-1).numpy()
+    shown = 0.35 * grey + 0.65 * heat
+    top, left = row * side[0], column * side[1]
+    bottom, right = top + side[0] - 1, left + side[1] - 1
+    shown[frame, [top, bottom], left : right + 1] = shown[frame, top : bottom + 1, [left, right]] = (0, 1, 1)
+    return f"attention of the\noutlined token\n(frame {frame}, {row}, {column})", shown, None
+
+
+def write_gif(path: Path, trained: Trained, clip: torch.Tensor, masks: list[tuple[Trained, Mask]]) -> None:
+    """The clip, and beside it the clip as each mask leaves it, every frame, at least 128 pixels high."""
+    pixels = normalize(clip.unsqueeze(0), trained.mean, trained.std)[0]
+    shown = [pixels] + [darken(pixels, mask, other.mae.grid) for other, mask in masks]
+    gap = torch.ones_like(pixels[..., :2])
+    strip = torch.cat([part for picture in shown for part in (gap, picture)][1:], dim=-1)[0]
+    frames = (strip.permute(1, 2, 3, 0).clamp(0, 1) * 255).round().to(torch.uint8)
+    scale = max(1, -(-128 // frames.shape[1]))
+    frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2).numpy()
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=150, loop=0)
 
 
 def draw_figure(rows: list[tuple[str, np.ndarray, str | None]], title: str, path: Path) -> None:
@@ -188,12 +238,21 @@ def draw_videos(flags: argparse.Namespace, overrides: list[str]) -> list[Path]:
     for number, video in enumerate(videos):
         clip = read_clip(video, trained.args)
         rows, title = rows_of(trained, clip, flags.top_k)
+        masks = []
+        for model in filter(None, (trained, other)):
+            pixels, _, mask = model.mask(clip, 0, flags.top_k)
+            masks.append((model, mask))
         if other:
-            pixels, _, mask = other.mask(clip, 0, flags.top_k)
             rows.append(mask_row(other, pixels, mask, flags.top_k))
+        if flags.attention:
+            rows.append(attention_row(trained, clip, flags.token))
         path = output / f"{number:02d}-{Path(video).stem}.png"
         draw_figure(rows, f"{Path(video).name}: {title}", path)
         written.append(path)
+        if flags.gif:
+            path = path.with_suffix(".gif")
+            write_gif(path, trained, clip, masks)
+            written.append(path)
     return written
 
 

@@ -30,7 +30,7 @@ class SamplerGuard:
             )
         if texture < LOWEST_TEXTURE_LIFT:
             found["texture"] = (
-                f"the sampler draws flat patches (texture {texture:.2f} of the clips' mean): their normalised targets are "
+                f"the sampler draws flat patches (texture {texture:.2f} of the mean): their normalised targets are "
                 "noise no model predicts. Start it later, raise --entropy_coef, or use --no-normalize_target"
             )
         new = [text for name, text in found.items() if name not in self.warned]

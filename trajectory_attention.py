@@ -29,6 +29,11 @@ def _tokens(y: Tensor, batch: int) -> Tensor:
     return y.unflatten(1, (batch, -1)).permute(1, 3, 0, 2, 4).flatten(3)
 
 
+def weights_in_frames(q: Tensor, k: Tensor, num_frames: int) -> Tensor:
+    """The softmax of eq. 1, which no forward pass stores: q [B, h, n, d], k [B, h, N, d] -> [B, h, n, t, S]."""
+    return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).unflatten(-1, (num_frames, -1)).softmax(dim=-1)
+
+
 def trajectory_tokens(q: Tensor, k: Tensor, v: Tensor, num_frames: int) -> Tensor:
     """Eq. 1: q [B, h, n, d], k and v [B, h, N, d] -> y~ [B, n, t, D], one trajectory token a frame for every query.
 
@@ -217,6 +222,22 @@ class TrajectoryAttention(nn.Module):
         if self.project_value and self.proj_kv.bias is not None:  # the key's adds the same to every frame's score
             out = out + self.proj_kv.bias[width:].to(out.dtype)
         return self.proj(out).view(num_tokens, batch, width).transpose(0, 1)
+
+    def trajectory_of(self, x: Tensor, num_frames: int, token: int) -> Tensor:
+        """Where a token goes, for pictures: its weights of eq. 1 as this layer has them, heads averaged, float32
+        [B, t, S], which sum to 1 in each frame (paper, figure 3). x [B, N, D]; token in (time, row, column) order."""
+        width = x.shape[-1]
+        bias = None if self.qkv.bias is None else self.qkv.bias[: 2 * width]
+        qk = F.linear(x, self.qkv.weight[: 2 * width], bias).unflatten(-1, (2, self.num_heads, -1))
+        q, k = _full(qk.permute(2, 0, 3, 1, 4))  # [B, h, N, d]
+        asked = q[:, :, token : token + 1]
+        if self.approx == "none":
+            return weights_in_frames(asked, k, num_frames).mean(dim=1).squeeze(1)
+        index = orthogonal_landmarks(q, self.num_landmarks)
+        landmarks = q.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, q.shape[-1]))
+        share = (asked @ landmarks.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(dim=-1)  # [B, h, 1, R]
+        found = weights_in_frames(landmarks, k, num_frames)  # [B, h, R, t, S]
+        return torch.einsum("bhqr,bhrts->bhts", share, found).mean(dim=1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, w_q, b_q, w_kv, first_frame: int, frame: int, batch: int):
         """Both equations for the queries [1, B*h, n, d] of whole frames of S tokens -> [n*B, D], without W_v2's bias.

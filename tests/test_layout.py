@@ -33,6 +33,7 @@ ALLOWED = {
     "backend": set(),
     "checkpoint": set(),
     "utils": set(),
+    "mask_pictures": {"masking_generator"},
     "preemption": {"utils"},
     "sampler_guard": set(),
     "datasets.transforms": set(),

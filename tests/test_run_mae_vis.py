@@ -86,3 +86,41 @@ def test_bad_input_is_one_clear_error(trained, flags, part, tmp_path):
     with pytest.raises(SystemExit) as stop:
         run_mae_vis.main([*flags, "--output_dir", str(tmp_path)])
     assert str(stop.value).startswith("error: ") and part in str(stop.value)
+
+
+def clip_of(trained, name):
+    vis = run_mae_vis.Trained(str(trained / name / "checkpoint-0.pth"), [])
+    return vis, run_mae_vis.read_clip(str(next((trained / "shapes/videos").glob("*.mp4"))), vis.args)
+
+
+def test_attention_is_drawn_over_the_frames_and_the_token_outlined(trained):
+    vis, clip = clip_of(trained, "tats")
+    label, shown, colours = run_mae_vis.attention_row(vis, clip, [1, 2, 3])
+    assert "(frame 1, 2, 3)" in label and shown.shape == (2, 32, 32, 3) and colours is None
+    outline = (shown == (0, 1, 1)).all(axis=-1)
+    assert outline[1, 16, 24:32].all() and outline[1, 16:24, 31].all() and outline.sum() == 28
+    _, video = run_mae_vis.normalize(clip.unsqueeze(0), vis.mean, vis.std)
+    moving = int(run_mae_vis.motion_energy(video, vis.mae.grid).argmax())
+    assert f"(frame {moving // 16}, {moving % 16 // 4}, {moving % 4})" in run_mae_vis.attention_row(vis, clip, None)[0]
+
+
+def test_attention_errors_are_said(trained):
+    vis, clip = clip_of(trained, "tats")
+    with pytest.raises(run_mae_vis.UsageError, match="--token 2 0 0: the grid has 2 x 4 x 4"):
+        run_mae_vis.attention_row(vis, clip, [2, 0, 0])
+    with pytest.raises(run_mae_vis.UsageError, match="adamae, which has no trajectory attention"):
+        run_mae_vis.attention_row(*clip_of(trained, "adamae"), None)
+
+
+def test_everything_in_one_figure_and_an_animation(trained, tmp_path):
+    run_mae_vis.main(
+        ["--model_path", str(trained / "tats"), "--compare_path", str(trained / "adamae"), "--num_videos", "1",
+         "--data_path", str(trained / "shapes/val.csv"), "--output_dir", str(tmp_path), "--attention", "--gif"]
+    )  # fmt: skip
+    (gif,) = tmp_path.glob("*.gif")
+    assert gif.with_suffix(".png").is_file()
+    with Image.open(gif) as animation:
+        assert (animation.n_frames, animation.size) == (4, (4 * (3 * 32 + 2 * 2), 128))
+        still = np.asarray(animation.convert("RGB"), dtype=float)
+    video, masked = still[:, :128], still[:, 4 * 34 : 4 * 66]
+    assert masked.mean() < 0.5 * video.mean()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from datasets.moving_shapes import write_dataset
-from run_common import run_script
+from run_common import Curves, run_script
 from run_mae_pretraining import SAMPLERS, get_parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -369,3 +369,31 @@ def test_a_loader_process_that_dies_is_one_line(error):
 
     with pytest.raises(SystemExit, match="^error: a loader process died, .*--num_workers"):
         run_script(train, argparse.Namespace())
+
+
+@pytest.mark.parametrize("mask_type", ["tube", "adamae", "tats"])
+def test_pictures_of_masks_do_not_change_the_run(shapes, tmp_path, mask_type, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Curves, "add_image", lambda self, name, picture, step: drawn.append((picture, step)))
+    logs = []
+    for freq in ("0", "1"):
+        folder = tmp_path / freq
+        main(
+            ["--data_path", str(shapes), *TINY, "--mask_type", mask_type, "--epochs", "2",
+             "--tats_start_epoch", "1", "--output_dir", str(folder), "--log_dir", str(folder), "--picture_freq", freq]
+        )  # fmt: skip
+        logs.append([{k: v for k, v in r.items() if "time" not in k and "memory" not in k} for r in read_log(folder)])
+    assert logs[0] == logs[1] and len(drawn) == 2
+    (picture, step), (last, last_step) = drawn
+    assert last_step == 2 * step
+    learned = [mask_type == "adamae", mask_type != "tube"]  # TATS from its second epoch on
+    for image, rows in zip((picture, last), [2 + more for more in learned], strict=True):
+        assert image.dtype == torch.uint8 and image.shape[1] % (4 * rows) == 0
+        side = image.shape[1] // (4 * rows)
+        frames, masked = image[:, :side].float(), image[:, side : 2 * side].float()
+        assert ((masked == frames) | (masked <= 0.12 * frames + 1)).all() and masked.mean() < 0.6 * frames.mean()
+
+
+def test_pictures_need_a_log_dir(shapes, tmp_path):
+    with pytest.raises(SystemExit, match="--picture_freq 1: the pictures need --log_dir"):
+        main(["--data_path", str(shapes), *TINY, "--picture_freq", "1"])

@@ -164,3 +164,25 @@ def test_tokens_that_are_no_multiple_of_the_frames_are_refused():
 def test_impossible_layers_are_refused(args, message):
     with pytest.raises(ValueError, match=message):
         TrajectoryAttention(*args)
+
+
+@pytest.mark.parametrize("approx", ["none", "orthoformer"])
+def test_the_trajectory_of_a_token_is_what_the_layer_attends_to(approx):
+    """With values that name the token, [S one-hots], the layer's trajectory tokens are the weights themselves."""
+    torch.manual_seed(0)
+    frames, per_frame, heads, dim = 3, 4, 2, 8
+    layer = TrajectoryAttention(dim, heads, True, approx, num_landmarks=5)
+    torch.nn.init.normal_(layer.qkv.weight)
+    torch.nn.init.normal_(layer.qkv.bias)
+    x = torch.randn(2, frames * per_frame, dim)
+    q, k, _ = layer.qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    v = torch.eye(per_frame).repeat(frames, 1).expand(2, heads, -1, -1)
+    if approx == "none":
+        expected = trajectory_tokens(q, k, v, frames)
+    else:
+        expected = orthoformer_tokens(q, k, v, frames, 5)
+    expected = expected.unflatten(-1, (heads, per_frame)).mean(dim=3)  # [B, N, t, S]
+    for token in (0, 7):
+        found = layer.trajectory_of(x, frames, token)
+        torch.testing.assert_close(found, expected[:, token])
+        torch.testing.assert_close(found.sum(dim=-1), torch.ones(2, frames))
