@@ -13,9 +13,13 @@ from datasets.moving_shapes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 SBATCH = sorted((ROOT / "scripts").rglob("*.sbatch"))
-SCRIPTS = sorted(path for path in (ROOT / "scripts").rglob("*.sh") if path.name != "common.sh")
-PRETRAIN = [path for path in SCRIPTS if path.name.startswith("pretrain_") and path.parent.name != "demo"]
-FINETUNE = [path for path in SCRIPTS if path.name == "finetune.sh" and path.parent.name != "demo"]
+SOURCED = {ROOT / "scripts" / name for name in ("common.sh", "shapes/data.sh", "compare/sweep.sh")}
+SCRIPTS = sorted(set((ROOT / "scripts").rglob("*.sh")) - SOURCED)
+SWEEPS = [path for path in SCRIPTS if path.parent.name in ("compare", "ablations")]
+PAPERS = ("ssv2", "k400", "ucf101", "hmdb51")
+PRETRAIN = [path for path in SCRIPTS if path.name.startswith("pretrain_") and path.parent.name in PAPERS]
+FINETUNE = [path for path in SCRIPTS if path.name == "finetune.sh" and path.parent.name in PAPERS]
+OTHERS = [path for path in SCRIPTS if path.parent.name in ("shapes", "custom")]
 PARSERS = {
     "run_mae_pretraining.py": (
         lambda a: run_mae_pretraining.get_parser().parse_args(a),
@@ -44,12 +48,9 @@ def parsed(path: Path, *flags: str, **environment: str):
 
 
 def test_all_data_sets_have_all_methods():
-    assert {p.parent.name for p in FINETUNE} == {"ssv2", "k400", "ucf101", "hmdb51"}
-    assert {f"{p.parent.name}/{p.name}" for p in PRETRAIN} == {
-        f"{data}/pretrain_{method}.sh"
-        for data in ("ssv2", "k400", "ucf101", "hmdb51")
-        for method in ("tats", "adamae", "videomae", "random")
-    }
+    names = [f"pretrain_{method}.sh" for method in ("tats", "adamae", "videomae", "random")] + ["finetune.sh"]
+    for data in (*PAPERS, "shapes", "custom"):
+        assert {p.name for p in SCRIPTS if p.parent.name == data} == set(names)
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -107,7 +108,7 @@ def test_demo_parses():
 def test_no_script_is_left_out():
     demo = {ROOT / "scripts/demo/pretrain_tats.sh", ROOT / "scripts/demo/finetune.sh"}
     slurm = {ROOT / "scripts/slurm" / name for name in ("run.sh", "test_local.sh", "test_two_hosts.sh")}
-    assert set(SCRIPTS) - set(PRETRAIN) - set(FINETUNE) == demo | slurm
+    assert set(SCRIPTS) - set(PRETRAIN) - set(FINETUNE) - set(OTHERS) - set(SWEEPS) == demo | slurm
     assert {path.name for path in SBATCH} == {"pretrain.sbatch", "finetune.sbatch"}
 
 

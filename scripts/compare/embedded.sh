@@ -7,4 +7,4 @@ METHODS=${METHODS:-tube random motion adamae tats} EVALUATIONS=${EVALUATIONS:-fi
 source "$(dirname "${BASH_SOURCE[0]}")/sweep.sh"
 MASK_RATIOS=${MASK_RATIOS:-0.75}
 add_methods
-run_units embedded --baseline tube "$@"
+run_units embedded --baseline "$BASELINE" "$@"

@@ -35,6 +35,9 @@ if ! [ -f "scripts/$DATA_SET/finetune.sh" ]; then
     exit 2
 fi
 
+# The paper's name of a data set.
+declare -A PAPER_NAME=([ssv2]=SSv2 [k400]=K400 [ucf101]=UCF101 [hmdb51]=HMDB51)
+
 UNITS=() # a line each: name, method, ratio, seed, flags
 add_unit() { UNITS+=("$*"); }
 
@@ -95,6 +98,9 @@ run_unit() {
             bash "scripts/${TO_SET:-$DATA_SET}/finetune.sh" $probe ${FINETUNE_EXTRA:-} || return
     done
 }
+
+# The first of METHODS is what the others are compared with.
+BASELINE=${METHODS%% *}
 
 # run_units NAME FLAGS...: all units, or Slurm's one of them; then the table, with flags for tools/compare_runs.py.
 run_units() {

@@ -10,4 +10,9 @@ if [ -z "${TO_SET:-}" ] || [ -z "${TO_PATH:-}" ]; then
 fi
 MASK_RATIOS=${MASK_RATIOS:-0.85 0.9 0.95} TO=${TO:-$TO_SET} OUTPUT_DIR=${OUTPUT_DIR:-$REPOSITORY/output/compare/table1_$DATA_SET}
 add_methods
-run_units "table1_$DATA_SET" --baseline tube --paper table2 "$@"
+reported=() # beside the paper's own pairs
+case $DATA_SET-$TO_SET in
+    k400-ucf101 | k400-hmdb51 | k400-ssv2 | ssv2-ucf101 | ssv2-hmdb51)
+        reported=(--paper table2 --data_set "${PAPER_NAME[$DATA_SET]} to ${PAPER_NAME[$TO_SET]}") ;;
+esac
+run_units "table1_$DATA_SET" --baseline "$BASELINE" "${reported[@]}" "$@"
