@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | clean
+# make demo | compare | test | lint | bench | clean
 # Without an active environment each target makes .venv once and installs requirements.txt into it.
 # An active virtual or conda environment is used as it is; PYTHON=/path/to/python overrides both.
 ifdef PYTHON
@@ -9,10 +9,13 @@ PYTHON := .venv/bin/python
 SETUP := .venv/.installed
 endif
 
-.PHONY: demo test lint bench clean
+.PHONY: demo compare test lint bench clean
 
 demo: $(SETUP)
 	PYTHON=$(PYTHON) bash scripts/demo/pretrain_tats.sh
+
+compare: $(SETUP)
+	PYTHON=$(PYTHON) bash scripts/compare/embedded.sh
 
 test: $(SETUP)
 	$(PYTHON) -m pytest
