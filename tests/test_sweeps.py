@@ -88,8 +88,8 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     environment = dict(DATA_PATH=str(shapes), OUTPUT_DIR=str(out), METHODS="random tats", PRETRAIN_EPOCHS="2",
                        EVALUATIONS="linear_probe", PROBE_EPOCHS="1", TATS_START_EPOCH="1", NUM_WORKERS="0", JOBS="1",
                        BATCH_SIZE="4", OMP_NUM_THREADS="1")  # fmt: skip
-    process = subprocess.Popen(["bash", str(COMPARE / "embedded.sh")], env=os.environ | environment,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(["bash", str(COMPARE / "embedded.sh")], env=os.environ | environment, **quiet)
     first = out / "random-ratio0.75-seed0/pretrain/checkpoint-1.pth"
     deadline = time.monotonic() + 120
     while not first.exists() and time.monotonic() < deadline:

@@ -1,0 +1,103 @@
+"""Where PPO would take a trained TATS if it trained for ever, beside where it is: does the reward follow motion, and
+how much of the preference that the objective allows has the policy learned?
+
+    python bench/fixed_point.py --model_path output/compare/embedded/tats-ratio0.75-seed0/pretrain --data_path VAL.csv
+
+For every clip many masks are drawn from the checkpoint's policy; a token's expected advantage is the mean of error - V
+over those in which it is masked, times how often it is. Near the uniform policy the objective rests where
+u log u = kappa E[A m] with u = N p of a token and kappa = (c_p / c_e)(N / N_m) (README); where that has no solution,
+the token goes to p = 0.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.special import lambertw
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from datasets.transforms import normalize
+from datasets.video import read_list
+from engine_for_pretraining import PretrainRecipe, masked_error
+from masking_generator import motion_energy
+from run_mae_vis import Trained, read_clip
+
+
+def fixed_point(pull: np.ndarray) -> np.ndarray:
+    """The stable u >= 0 with u log u = pull (kappa E[A m] of a token); 0 where there is none (pull < -1/e)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        u = np.exp(lambertw(pull).real)  # u = exp(W(pull)): u log u = W e^W
+    return np.where(pull < -1 / np.e, 0.0, u)
+
+
+@torch.no_grad()
+def measure(trained: Trained, clips: torch.Tensor, draws: int) -> dict[str, np.ndarray]:
+    """kappa, and arrays [clips, N]: motion, u (N p), error (mean where masked), pull (kappa E[A m])."""
+    args, grid = trained.args, trained.mae.grid
+    recipe = PretrainRecipe(mean=trained.mean, std=trained.std, lr=0, min_lr=0, grid=grid, loss=args.loss,
+                            normalize_target=args.normalize_target)  # fmt: skip
+    _, video = normalize(clips, trained.mean, trained.std)
+    tokens = trained.mae.encoder.patch_embed(video)
+    total = torch.zeros(len(clips), trained.sampler.num_tokens)
+    count = torch.zeros_like(total)
+    for draw in range(draws):
+        mask = trained.sampler(video, draw * len(clips) + torch.arange(len(clips)), tokens)
+        error = masked_error(trained.mae(video, mask), clips.transpose(1, 2), mask, recipe)
+        total.scatter_add_(1, mask.masked, error)
+        count.scatter_add_(1, mask.masked, torch.ones_like(error))
+    error = total / count.clamp(min=1)
+    baseline = total.sum(dim=1, keepdim=True) / count.sum(dim=1, keepdim=True)  # a perfect critic
+    kappa = args.policy_coef / args.entropy_coef * total.shape[1] / mask.masked.shape[1]
+    measured = {"motion": motion_energy(video, grid), "u": mask.log_prob.exp() * total.shape[1], "error": error,
+                "pull": kappa * (error - baseline) * count / draws}  # fmt: skip
+    return {name: value.numpy() for name, value in measured.items()} | {"kappa": kappa}
+
+
+def report(measured: dict) -> str:
+    u, motion, error, pull = (measured[name].astype(float) for name in ("u", "motion", "error", "pull"))
+    log_u = np.log(u + 1e-9)
+    rest = fixed_point(pull)
+    rest *= u.shape[1] / rest.sum(axis=1, keepdims=True)  # a distribution again
+
+    def within(a: np.ndarray, b: np.ndarray) -> float:
+        """Correlation over the tokens of a clip, mean over clips."""
+        return float(np.mean([np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True) if x.std() and y.std()]))
+
+    def lift(weights: np.ndarray) -> float:
+        return float((weights * motion).mean() / motion.mean())
+
+    lines = [
+        f"kappa {measured['kappa']:.3g}; E[A m] between {pull.min() / measured['kappa']:.2f} and "
+        f"{pull.max() / measured['kappa']:.2f}",
+        f"correlation in a clip of error and motion   {within(error, motion):6.2f}   (does the reward follow motion?)",
+        f"correlation in a clip of error and log u    {within(error, log_u):6.2f}   (does the policy follow it?)",
+        f"correlation in a clip of motion and log u   {within(motion, log_u):6.2f}",
+        "                            policy now   at the fixed point",
+        f"contrast, mean u^2           {(u**2).mean():9.2f} {(rest**2).mean():9.2f}",
+        f"motion of a token drawn      {lift(u):9.2f} {lift(rest):9.2f}   (1 = blind)",
+        f"tokens with u below 0.05     {(u < 0.05).mean():9.1%} {(rest < 0.05).mean():9.1%}",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", required=True, help="TATS checkpoint, or a run's folder")
+    parser.add_argument("--data_path", required=True, help="list file")
+    parser.add_argument("--num_videos", default=40, type=int)
+    parser.add_argument("--draws", default=64, type=int, help="masks a clip")
+    args = parser.parse_args(arguments)
+    trained = Trained(args.model_path, [])
+    if trained.args.mask_type != "tats" or trained.args.entropy_coef == 0:
+        sys.exit(f"error: {args.model_path}: not of --mask_type tats with an --entropy_coef above 0")
+    videos = read_list(args.data_path)[0]
+    chosen = [videos[i * len(videos) // args.num_videos] for i in range(min(args.num_videos, len(videos)))]
+    print(report(measure(trained, torch.stack([read_clip(video, trained.args) for video in chosen]), args.draws)))
+
+
+if __name__ == "__main__":
+    main()
