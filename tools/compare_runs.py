@@ -127,6 +127,11 @@ def find_runs(folders: list[str]) -> list[Run]:
     return [read_run(path) for path in found.values()]
 
 
+def step_time(run: Run) -> float:
+    """Seconds a micro-batch: median over the later half of the epochs, those of TATS after its warm-up."""
+    return median(entry["train_step_time"] for entry in run.log[len(run.log) // 2 :])
+
+
 @dataclass
 class Row:
     """Runs that differ in nothing but the seed. key: values of the --by flags, or ("scratch",)."""
@@ -141,7 +146,7 @@ class Row:
         if name in ("acc1", "acc5"):
             found = {seed: run.test.get(name) for seed, run in runs.items()}
         elif name == "step_time":
-            found = {seed: median(entry["train_step_time"] for entry in run.log) for seed, run in runs.items()}
+            found = {seed: step_time(run) for seed, run in runs.items()}
         elif name == "peak_memory":
             found = {
                 seed: max(entry.get("train_peak_memory", 0) for entry in run.log) or None for seed, run in runs.items()
@@ -437,7 +442,7 @@ def write_tables(output: Path, rows: list[Row], notes: list[str], args: argparse
                 record = {"row": " ".join(map(str, row.key)), "fine-tuned on": row.to, "kind": kind, "seed": seed}
                 if kind == "pretrain":
                     record |= {name: run.last(name) for name in ("loss", "motion_lift", *LEARNED_METRICS)}
-                    record["step_time"] = median(entry["train_step_time"] for entry in run.log)
+                    record["step_time"] = step_time(run)
                 else:
                     record |= {name: run.test.get(name) for name in ("acc1", "acc5", "videos")}
                 records.append(record | {"folder": str(run.folder), "git": run.git})
