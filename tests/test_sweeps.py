@@ -111,3 +111,9 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     # a failure is named, and is the sweep's status
     result = sweep(COMPARE / "embedded.sh", **environment | dict(SEEDS="1", METHODS="random", PRETRAIN_EXTRA="--lr -1"))
     assert result.returncode == 1 and "random-ratio0.75-seed1: status 1, see" in result.stdout
+    # a job of a Slurm array is one unit, and writes no table
+    job = environment | dict(SLURM_ARRAY_TASK_ID="1", OUTPUT_DIR=str(tmp_path / "array"), EVALUATIONS="")
+    result = sweep(COMPARE / "embedded.sh", **job)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in (tmp_path / "array").iterdir()] == ["tats-ratio0.75-seed0"]
+    assert (tmp_path / "array/tats-ratio0.75-seed0/pretrain/checkpoint-1.pth").exists()
