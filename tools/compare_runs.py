@@ -1,0 +1,434 @@
+"""Compares finished runs: one table, the learning curves and the accuracies of every method, with intervals over seeds.
+
+    python tools/compare_runs.py output --output comparison --baseline tube
+    python tools/compare_runs.py output --output ablation --by tats_attention --baseline mha
+    python tools/compare_runs.py output --output beside_paper --paper table1 --data_set UCF101
+
+FOLDERs are searched for folders of run_mae_pretraining.py and run_class_finetuning.py (args.json, log.txt, test.json).
+A fine-tuning run or probe counts for the pre-training run whose checkpoint it started from; the ones from random
+weights are the row `scratch`. A row is a combination of the --by flags, its seeds are the replicates. Where several
+lists were pre-trained or fine-tuned on, the rows tell them apart.
+
+A cell is the mean over seeds and half the width of its 95 % interval (Student's t). With --baseline, the top-1 of
+equal seeds are compared by a paired t test. Flags that differ beside --by and the seed are named under the table, and
+so are runs that are left out. Written: table.md, table.csv (all digits), runs.csv, curves.png, accuracy.png.
+"""
+
+import argparse
+import csv
+import io
+import os
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tools import paper_tables
+from tools.common import Formatter, run_tool, write_text
+from tools.compare_pictures import draw_accuracies, draw_curves
+from tools.run_folders import (
+    KINDS,
+    PRETRAINING,
+    SCRATCH,
+    UNREAD,
+    Run,
+    differences,
+    find_runs,
+    settings,
+    value_of,
+)
+from tools.seed_statistics import interval, paired, wilson
+from utils import UsageError
+
+METRICS = {"loss": "reconstruction error", "motion_lift": "motion lift", "entropy": "entropy / log N",
+           "explained_variance": "explained variance"}  # fmt: skip
+ORDER = ("tube", "random", "frame", "motion", "adamae", "tats", SCRATCH)
+WARNING = (
+    "Reconstruction errors are means over the masked tokens: under different masks they are errors of different "
+    "tokens, and do not rank methods."
+)
+
+
+@dataclass
+class Row:
+    by: tuple  # values of the --by flags
+    source: str | None = None  # what was pre-trained on; None: nothing, or it is not known
+    target: str | None = None  # what was fine-tuned on
+    runs: dict[str, list[Run]] = field(default_factory=dict)  # of each kind
+    paper: dict[str, list[float]] = field(default_factory=dict)  # figures of each column
+
+    @property
+    def scratch(self):
+        return SCRATCH in self.by
+
+
+def sort_key(row):
+    def part(value):
+        if isinstance(value, int | float):
+            return 0, value, ""
+        return 1, ORDER.index(value) if value in ORDER else -1, str(value)
+
+    return row.scratch, [part(value) for value in row.by], row.source or "", row.target or ""
+
+
+def build_rows(runs, by):
+    """Rows of the runs without a problem, in order. Raises UsageError where two runs are one replicate."""
+    scratch = [UNREAD] * len(by)
+    scratch[by.index("mask_type") if "mask_type" in by else 0] = SCRATCH
+    pretraining, followed = defaultdict(list), defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        first = run if run.kind == PRETRAINING else run.source
+        if first:
+            key = first.args["data_path"], tuple(value_of(first, flag) for flag in by)
+        else:
+            key = None, tuple(scratch)
+        if run is first:
+            pretraining[key].append(run)
+        else:
+            followed[key][run.args["data_path"]].append(run)
+    rows = []
+    for key in pretraining.keys() | followed.keys():
+        for target in followed[key] or [None]:
+            row = Row(key[1], key[0], target, {PRETRAINING: pretraining[key]} if key in pretraining else {})
+            for run in followed[key][target] if target is not None else []:
+                row.runs.setdefault(run.kind, []).append(run)
+            check_replicates(row, by)
+            rows.append(row)
+    return sorted(rows, key=sort_key)
+
+
+def check_replicates(row, by):
+    for kind, runs in row.runs.items():
+        first = {}
+        for run in sorted(runs, key=lambda run: str(run.folder)):
+            other = first.setdefault(run.seed, run)
+            if other is not run:
+                one, two = settings(other, by), settings(run, by)
+                differ = [name for name in one if one[name] != two.get(name)]
+                apart = f"they differ in {', '.join(differ[:4])}" if differ else "nothing tells them apart"
+                use = "leave one out" + ", or tell the rows apart with --by" * (kind == PRETRAINING and bool(differ))
+                raise UsageError(
+                    f"{other.folder} and {run.folder}: two {kind} runs of one row with one seed ({apart}): {use}"
+                )
+        runs.sort(key=lambda run: [-1 if seed is None else seed for seed in run.seed])
+
+
+def shared_sources(rows):
+    """A line for each row and kind where several runs started from one pre-training run."""
+    for row in rows:
+        for kind, runs in row.runs.items():
+            sources = {run.source for run in runs if run.source}
+            if kind != PRETRAINING and sources and len(sources) < len(runs):
+                yield (
+                    f"{', '.join(map(shown_value, row.by))}: {len(runs)} {kind} runs started from {len(sources)} "
+                    "pre-training run(s): their interval does not tell how pre-training varies"
+                )
+
+
+def compared(row, base, kind):
+    """seed_statistics.paired of the top-1 of common seeds, or None where there are fewer than two.
+
+    Runs from scratch have no pre-training seed: there, the seed of what follows decides, if it tells the runs apart.
+    """
+    sides = []
+    for runs in (row.runs.get(kind, []), base.runs.get(kind, [])):
+        keys = [run.seed[1:] if row.scratch or base.scratch else run.seed for run in runs]
+        if len(set(keys)) < len(keys):
+            return None
+        sides.append({key: run.test["acc1"] for key, run in zip(keys, runs, strict=True)})
+    common = sorted(set(sides[0]) & set(sides[1]))
+    if row is base or len(common) < 2:
+        return None
+    return paired(*([side[key] for key in common] for side in sides))
+
+
+def is_value(value, text):
+    """Whether text, of the command line, means a flag's value."""
+    try:
+        return value == float(text) or str(value) == text
+    except ValueError:
+        return str(value) == text
+
+
+def find_baseline(row, rows, by, value):
+    """The row of the baseline that a row is compared with, or None: the one with equal other flags, as far as the
+    baseline's method reads them."""
+    place = by.index("mask_type") if "mask_type" in by else 0
+    for other in rows:
+        rest = [(a, b) for i, (a, b) in enumerate(zip(row.by, other.by, strict=True)) if i != place]
+        fits = other.scratch or (other.source == row.source and all(b in (a, UNREAD) for a, b in rest))
+        if is_value(other.by[place], value) and fits and other.target == row.target and other.runs:
+            return other
+    return None
+
+
+def shown_value(value):
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def short_paths(paths):
+    """{path: what tells it from the others}."""
+    paths = sorted(path for path in set(paths) if path)
+    same_kind = len({os.path.isabs(path) for path in paths}) == 1
+    root = os.path.commonpath([os.path.dirname(path) for path in paths]) if same_kind else ""
+    return {path: os.path.relpath(path, root) if root else path for path in paths}
+
+
+class Cells:
+    """A row of the table: `text` for table.md, `numbers` for table.csv."""
+
+    def __init__(self):
+        self.text, self.numbers = {}, {}
+
+    def add(self, heading, name, text, **numbers):
+        self.text[heading] = text
+        self.numbers |= {f"{name}_{part}" if part else name: value for part, value in numbers.items()}
+
+    def estimate(self, heading, name, values, digits, num_runs, videos=None):
+        """Mean ± half width of values that are there; of a single accuracy, what one test says of it."""
+        values = [value for value in values if value is not None]
+        mean, half = interval(values) if values else (None, None)
+        low, high = wilson(mean, videos) if len(values) == 1 and videos else (None, None)
+        text = "-" if mean is None else f"{mean:.{digits}f}"
+        if half is not None:
+            text += f" ± {half:.{digits}f}" + (f" (n = {len(values)})" if len(values) != num_runs else "")
+        elif low is not None:
+            text += f" (one run; {videos} test videos alone leave {low:.1f} to {high:.1f})"
+        self.add(heading, name, text, mean=mean, half_width=half, n=len(values))
+        if videos is not None or name.endswith(("acc1", "acc5")):
+            self.numbers |= {f"{name}_wilson_low": low, f"{name}_wilson_high": high}
+
+
+def summarise(row, base, kinds, baseline):
+    """Cells of a row but for its name. base: the row of the baseline, or None."""
+    cells = Cells()
+    first = row.runs.get(PRETRAINING, [])
+    num_runs = len(first) or max(map(len, row.runs.values()), default=0)
+    cells.add("runs", "runs", str(num_runs or "-"), **{"": num_runs})
+    for name, heading in METRICS.items():
+        cells.estimate(
+            heading, name, [run.last(f"train_{name}") for run in first], 4 if name == "loss" else 3, num_runs
+        )
+    for kind in kinds:
+        runs = row.runs.get(kind, [])
+        name = kind.replace("-", "_").replace(" ", "_")
+        for k in (1, 5):
+            videos = runs[0].test.get("videos") if len(runs) == 1 else None
+            values = [run.test[f"acc{k}"] for run in runs]
+            cells.estimate(f"{kind} top-{k} (%)", f"{name}_acc{k}", values, 2, num_runs, videos)
+        if baseline:
+            add_paired(
+                cells, f"{kind} top-1 - {baseline}'s", f"{name}_minus_baseline", base and compared(row, base, kind)
+            )
+    add_costs(cells, first, base.runs.get(PRETRAINING, []) if base else [], baseline)
+    return cells
+
+
+def add_paired(cells, heading, name, result):
+    difference, half, p, pairs = result or (None, None, None, None)
+    text = "-"
+    if result:
+        text = f"{difference:+.2f} ({difference - half:.2f} to {difference + half:.2f}"
+        text += f"; p {'-' if p is None else f'{p:.2g}'}, {pairs} pairs)"
+    low, high = (difference - half, difference + half) if result else (None, None)
+    cells.add(heading, name, text, difference=difference, low=low, high=high, p=p, pairs=pairs)
+
+
+def add_costs(cells, runs, base, baseline):
+    seconds, theirs = (average([run.step_time() for run in side]) for side in (runs, base))
+    cells.add("step (s)", "step_time", "-" if seconds is None else f"{seconds:.3f}", **{"": seconds})
+    if baseline:
+        ratio = seconds / theirs if seconds and theirs else None
+        cells.add(f"step / {baseline}'s", "step_ratio", "-" if ratio is None else f"{ratio:.2f}", **{"": ratio})
+    memory = max((run.memory() for run in runs if run.memory() is not None), default=None)
+    cells.add("peak memory", "peak_memory", "-" if memory is None else f"{memory:.4g}", **{"": memory})
+
+
+def average(values):
+    values = [value for value in values if value is not None]
+    return statistics.fmean(values) if values else None
+
+
+def add_paper(rows, table, by, data_set):
+    """Puts the paper's figures beside the rows they are about, and adds rows for the others."""
+
+    def about(row, values, source, target):
+        methods = {run.args["mask_type"] for run in row.runs.get(PRETRAINING, [])}  # an ablation is TATS's
+        data_sets = paper_name(row.source), paper_name(row.target)
+        return (
+            row.by == values
+            and ("mask_type" in by or methods == {"tats"})
+            and (source is None or data_sets == (source, target))
+        )
+
+    for key, figures in paper_tables.reported(table, by, data_set).items():
+        matching = [row for row in rows if about(row, *key)]
+        for row in matching:
+            row.paper = figures
+        if not matching:
+            rows.append(Row(*key, paper=figures))
+    rows.sort(key=sort_key)
+
+
+def paper_name(path):
+    return path and (paper_tables.data_set_of(path) or path)
+
+
+def name_rows(rows, by, transfer):
+    """[{column: text}] that tells the rows apart; from and to where there are several, or transfer."""
+    named = [dict(zip(by, map(shown_value, row.by), strict=True)) for row in rows]
+    for column, paths in (("to", [row.target for row in rows]), ("from", [row.source for row in rows])):
+        if transfer or len(set(filter(None, paths))) > 1:
+            short = short_paths(paths) if not transfer else {path: paper_name(path) for path in paths if path}
+            named = [{column: short.get(path, UNREAD)} | names for path, names in zip(paths, named, strict=True)]
+    return named
+
+
+def labels_of(named):
+    """A short name of each row, for the pictures."""
+    varying = [column for column in named[0] if len({names[column] for names in named}) > 1] or list(named[0])
+    return [
+        ", ".join(
+            names[column] if column == "mask_type" or names[column] == SCRATCH else f"{column} {names[column]}"
+            for column in varying
+            if names[column] != UNREAD
+        )
+        for names in named
+    ]
+
+
+def markdown(title, lines, cells, notes):
+    headings = list(dict.fromkeys(heading for row in cells for heading in row))
+    table = [headings, ["---"] * len(headings)] + [[row.get(heading, "-") for heading in headings] for row in cells]
+    text = [f"# {title}", "", *lines, "", *("| " + " | ".join(row) + " |" for row in table), ""]
+    for heading, items in notes.items():
+        text += [f"{heading}:", "", *(f"- {item}" for item in items), ""] if items else []
+    return "\n".join(text)
+
+
+def write_csv(path, rows):
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def describe_run(run, by):
+    """A row of runs.csv."""
+    first = run if run.kind == PRETRAINING else run.source
+    finished = run.args["epochs"] - 1 in run.log
+    described = {"folder": run.folder, "kind": run.kind, "left_out": run.problem, "seed": run.args["seed"]}
+    described |= {"pretraining": run.source.folder if run.source else "", "data_path": run.args["data_path"]}
+    for flag in by:
+        known = first is not None and flag in first.args
+        described[flag] = value_of(first, flag) if known else SCRATCH if run.scratch else ""
+    if run.kind == PRETRAINING and finished:
+        described |= {name: run.last(f"train_{name}") for name in METRICS}
+    described |= {"step_time": run.step_time(), "peak_memory": run.memory()}
+    return described | {name: (run.test or {}).get(name) for name in ("acc1", "acc5", "videos")}
+
+
+def check_flags(args):
+    """Fills in --by. Raises UsageError."""
+    if args.paper:
+        choices = paper_tables.BY[args.paper]
+        if args.by is None and len(choices) == 1:
+            args.by = choices[0]
+        if tuple(args.by or ()) not in choices:
+            fitting = ", or ".join(f"--by {' '.join(flags)}" for flags in choices)
+            raise UsageError(f"--paper {args.paper} goes with {fitting}")
+    sets = paper_tables.DATA_SETS.get(args.paper, ())
+    if (args.data_set or None) not in (sets or (None,)):
+        use = f"give one of {', '.join(sets)}" if sets else "leave it out"
+        with_paper = f" with --paper {args.paper}" if args.paper else ", without --paper"
+        raise UsageError(f"--data_set {args.data_set or 'is missing'}{with_paper}: {use}")
+    args.by = tuple(dict.fromkeys(args.by or ("mask_type", "mask_ratio")))
+
+
+def compare(args):
+    check_flags(args)
+    runs = find_runs(args.folders)
+    left_out = [f"{run.folder}: {run.problem}" for run in runs if run.problem]
+    used = [run for run in runs if not run.problem]
+    if not used:
+        reason = f"; {left_out[0]}" if left_out else ""
+        raise UsageError(f"{', '.join(args.folders)}: no finished run (args.json, log.txt, test.json) is there{reason}")
+    rows = build_rows(used, args.by)
+    place = args.by.index("mask_type") if "mask_type" in args.by else 0
+    present = list(dict.fromkeys(shown_value(row.by[place]) for row in rows if row.by[place] != UNREAD))
+    if args.baseline and not any(is_value(row.by[place], args.baseline) for row in rows):
+        raise UsageError(f"--baseline {args.baseline}: no row has it; {args.by[place]} is {', '.join(present)}")
+    if args.paper:
+        add_paper(rows, args.paper, args.by, args.data_set)
+    kinds = [kind for kind in KINDS if any(kind in row.runs for row in rows)] or list(KINDS[:1])
+    cells = [
+        summarise(row, args.baseline and find_baseline(row, rows, args.by, args.baseline), kinds, args.baseline)
+        for row in rows
+    ]
+    write_tables(args, rows, cells, used, runs, left_out)
+    write_pictures(args.output, rows, labels_of(name_rows(rows, args.by, args.paper == "table2")))
+
+
+def write_tables(args, rows, cells, used, runs, left_out):
+    columns = list(dict.fromkeys(column for row in rows for column in row.paper))
+    for row, cell in zip(rows, cells, strict=True):
+        for column in columns:
+            figures = row.paper.get(column, [])
+            name = f"paper_{column.split()[0].replace('-', '')}"
+            text = " / ".join(f"{figure:g}" for figure in figures) or "-"
+            number = figures[0] if len(figures) == 1 else " / ".join(map(str, figures)) or None
+            cell.add(f"{column}, reported by the paper, not measured here", name, text, **{"": number})
+    lines = [WARNING, f"Cells are mean ± half width of the 95 % interval over seeds; {len(used)} runs."]
+    if args.paper:
+        place = f", {args.data_set}" if args.data_set else ""
+        lines.append(f"The paper's figures are its {args.paper}{place}: {paper_tables.ABOUT[args.paper]}, at ViT-B.")
+    differ = [*differences(used, args.by), *shared_sources(rows)]
+    notes = {"Differs between runs, beside --by and the seed": differ, "Left out": left_out}
+    named = name_rows(rows, args.by, args.paper == "table2")
+    text = markdown(args.title, lines, [n | cell.text for n, cell in zip(named, cells, strict=True)], notes)
+    os.makedirs(args.output, exist_ok=True)
+    output = Path(args.output)
+    write_text(output / "table.md", text)
+    by_rows = [dict(zip(args.by, row.by, strict=True)) | {"from": row.source, "to": row.target} for row in rows]
+    write_csv(output / "table.csv", [by | cell.numbers for by, cell in zip(by_rows, cells, strict=True)])
+    write_csv(output / "runs.csv", [describe_run(run, args.by) for run in runs if run.kind])
+    print(text)
+    print(f"wrote table.md, table.csv and runs.csv to {output}")
+
+
+def write_pictures(output, rows, labels):
+    kinds = [kind for kind in KINDS if any(kind in row.runs for row in rows)]
+    written = ["curves.png"] if draw_curves(Path(output, "curves.png"), rows, labels) else []
+    if kinds:
+        draw_accuracies(Path(output, "accuracy.png"), rows, labels, kinds)
+        written.append("accuracy.png")
+    print(f"wrote {' and '.join(written)} to {output}")
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="searched for runs, with all below it")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--by", nargs="+", metavar="FLAG",
+                        help="pre-training flags whose combinations are the rows (default: mask_type mask_ratio, or "
+                        "what the paper's table has)")  # fmt: skip
+    parser.add_argument("--baseline", metavar="VALUE",
+                        help="of mask_type, where it is in --by, else of the first flag there; or scratch")  # fmt: skip
+    parser.add_argument("--paper", choices=list(paper_tables.BY), help="put the paper's figures beside the rows")
+    parser.add_argument("--data_set", metavar="NAME", help="whose figures, of tables 1 and 5")
+    parser.add_argument("--title", default="Comparison of runs", help="of table.md")
+    return parser
+
+
+def main(arguments=None):
+    run_tool(compare, get_parser().parse_args(arguments))
+
+
+if __name__ == "__main__":
+    main()
