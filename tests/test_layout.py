@@ -60,7 +60,7 @@ ALLOWED = {
     "tools.resize_videos": {"datasets.video", "tools.common", "utils"},
     "tools.paper_tables": set(),
     "tools.seed_statistics": set(),
-    "tools.run_folders": {"run_common", "utils"},
+    "tools.run_folders": {"utils"},
     "tools.compare_pictures": {"tools.common", "tools.run_folders", "tools.seed_statistics"},
     "tools.compare_runs": {
         "tools.common",

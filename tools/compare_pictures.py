@@ -1,6 +1,7 @@
 """The pictures of tools/compare_runs.py: learning curves, and accuracies with their intervals."""
 
 import statistics
+import textwrap
 from collections import defaultdict
 
 from tools.common import replacing
@@ -22,7 +23,7 @@ def draw_curves(path, rows, labels):
     ]
     if not panels:
         return False
-    figure, grid = new_figure(len(panels))
+    figure, grid = new_figure(len(panels), len(rows))
     handles = {}
     for axes, (kind, name, title) in zip(grid, panels, strict=True):
         drawn = []
@@ -32,7 +33,7 @@ def draw_curves(path, rows, labels):
                 drawn.append(runs)
                 line = draw_band(axes, [run.curve(name) for run in runs], **style_of(index))
                 if line:
-                    handles.setdefault(label, line)
+                    handles.setdefault(wrap(label), line)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
     finish(figure, path, handles)
@@ -66,7 +67,7 @@ def draw_accuracies(path, rows, labels, kinds):
             axes.plot([place - 0.12] * len(values), values, "o", color=color, alpha=0.6, markersize=5)
             mean, half = interval(values)
             axes.errorbar(place + 0.12, mean, half, fmt="_", color=color, capsize=5, markersize=14)
-        axes.set_xticks(range(len(shown)), [labels[index] for index, _ in shown], rotation=30, ha="right")
+        axes.set_xticks(range(len(shown)), [wrap(labels[index]) for index, _ in shown], rotation=30, ha="right")
         axes.set(title=f"{kind}: test top-1 (%)", xlim=(-0.5, len(shown) - 0.5))
         axes.grid(axis="y", alpha=0.3)
     finish(figure, path, {})
@@ -76,12 +77,18 @@ def style_of(index):
     return {"color": f"C{index % 10}", "linestyle": ("-", "--", ":", "-.")[index // 10 % 4]}
 
 
-def new_figure(num_panels):
+def wrap(label):
+    return textwrap.fill(label, 36, max_lines=3, placeholder=" ...")
+
+
+def new_figure(num_panels, num_handles=0):
+    """num_handles: of the legend that will need a place below."""
     from matplotlib.figure import Figure
 
     columns = min(num_panels, 3)
     lines = -(-num_panels // columns)
-    figure = Figure(figsize=(4.6 * columns + 0.4, 3.6 * lines + 0.9), layout="constrained")
+    below = 0.6 * -(-num_handles // columns)
+    figure = Figure(figsize=(4.6 * columns + 0.4, 3.6 * lines + 0.9 + below), layout="constrained")
     return figure, list(figure.subplots(lines, columns, squeeze=False).flat)[:num_panels]
 
 
@@ -89,6 +96,7 @@ def finish(figure, path, handles):
     for axes in figure.axes:
         axes.set_visible(axes.has_data())
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4))
+        columns = min(len(handles), round(figure.get_figwidth() // 4.6))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -8,7 +8,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from run_common import FREE_ON_RESUME
 from utils import UsageError
 
 PRETRAINING, SCRATCH = "pre-training", "scratch"
@@ -19,8 +18,14 @@ READ_BY = dict.fromkeys(
     "ppo_epochs ppo_clip policy_coef value_coef entropy_coef normalize_advantage".split(),
     "tats",
 ) | {"adamae_coef": "adamae"}  # fmt: skip
-# May differ unmentioned. A row tells data_path; what the test was like is read off test.json.
-FREE = FREE_ON_RESUME | {"seed", "device", "data_path"}
+# May differ unmentioned: what run_common.FREE_ON_RESUME holds, and the device. The rows tell data_path and seed; where
+# --finetune points, the clips of a step and the settings of the test are compared on their own (settings).
+FREE = set(
+    "resume auto_resume start_epoch output_dir log_dir num_workers pin_mem print_freq rank local_rank world_size "
+    "distributed dist_url dist_on_itp save_ckpt_freq finetune use_checkpoint checkpoint_modules eval test_num_segment "
+    "test_num_crop allow_missing test_data_path save_ckpt save_ckpt_minutes keep_last enable_deepspeed zero_stage "
+    "offload fused_adam deepspeed_config device data_path seed".split()
+)
 
 
 @dataclass(eq=False)
