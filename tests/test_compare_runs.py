@@ -341,6 +341,26 @@ def test_transfer_has_columns_from_and_to(tmp_path):
     ] == "39.46"  # fmt: skip
 
 
+def test_baselines_are_of_the_same_data(tmp_path):
+    for method, gain in (("tube", 0.0), ("random", 1.0)):
+        for start in "ab":
+            for seed in "01":
+                flags = "--mask_type", method, "--data_path", f"/d/{start}.csv", "--seed", seed
+                source = pretrain(tmp_path, f"{method}_{start}{seed}", *flags)
+                for target in "cd":
+                    finetune(tmp_path, f"{source.name}_{target}", source, "--seed", seed, "--data_path", f"/d/{target}",
+                             acc1=50 + gain * (1 + 2 * (start == "b") + 4 * (target == "d")) + 9 * (target == "d")
+                             + 20 * (start == "b"))  # fmt: skip
+    _, table, _ = compare(tmp_path, tmp_path, "--baseline", "tube")
+    differences = {
+        (row["from"], row["to"]): float(row["fine_tuning_minus_baseline_difference"])
+        for row in table
+        if row["mask_type"] == "random"
+    }
+    assert differences == {("/d/a.csv", "/d/c"): 1, ("/d/b.csv", "/d/c"): 3, ("/d/a.csv", "/d/d"): 5,
+                           ("/d/b.csv", "/d/d"): 7}  # fmt: skip
+
+
 def test_no_columns_from_and_to_where_there_is_one_of_each(tmp_path, campaign):
     assert "from |" not in compare(tmp_path, campaign)[0]
 
@@ -358,6 +378,17 @@ def test_runs_are_found_together_wherever_the_tree_was_moved_to(tmp_path, campai
     for folder in list(moved.iterdir()):  # fine-tuning runs on one disk, the others on another
         shutil.move(folder, separate / ("ft" if "_" in folder.name else "pre") / folder.name)
     assert compare(tmp_path, separate / "ft", separate / "pre", separate / "ft")[1][:2] == expected[:2]
+
+
+def test_a_renamed_run_is_sought_where_the_path_says_then_by_its_last_parts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pretrain(Path("exp"), "tube")  # its --output_dir is relative
+    finetune(Path("exp"), "ft", tmp_path / "exp" / "tube").rename("exp/renamed")
+    finetune(Path("exp"), "probe", "/old/disk/exp/tube", "--linear_probe").rename("exp/renamed_probe")
+    finetune(Path("exp"), "other", "/old/disk/elsewhere/tube", "--attentive_probe").rename("exp/renamed_other")
+    _, _, runs = compare(tmp_path, "exp")
+    found = {run["folder"]: run["pretraining"] for run in runs}
+    assert found["exp/renamed"] == found["exp/renamed_probe"] == "exp/tube" and found["exp/renamed_other"] == ""
 
 
 def test_relative_paths_of_two_machines_are_not_mixed_up(tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ def draw_curves(path, rows, labels):
                 if line:
                     handles.setdefault(wrap(label), line)
         axes.set(title=title, xlabel="epoch")
+        axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
     finish(figure, path, handles)
     return True
@@ -85,9 +86,9 @@ def new_figure(num_panels, num_handles=0):
     """num_handles: of the legend that will need a place below."""
     from matplotlib.figure import Figure
 
-    columns = min(num_panels, 3)
+    columns = 2 if num_panels == 4 else min(num_panels, 3)
     lines = -(-num_panels // columns)
-    below = 0.6 * -(-num_handles // columns)
+    below = 0.5 * -(-num_handles // columns)
     figure = Figure(figsize=(4.6 * columns + 0.4, 3.6 * lines + 0.9 + below), layout="constrained")
     return figure, list(figure.subplots(lines, columns, squeeze=False).flat)[:num_panels]
 

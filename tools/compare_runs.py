@@ -167,7 +167,7 @@ def find_baseline(row, rows, by, value):
 
 
 def shown_value(value):
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
 def short_paths(paths):
