@@ -383,7 +383,8 @@ def test_runs_are_found_together_wherever_the_tree_was_moved_to(tmp_path, campai
 def test_a_renamed_run_is_sought_where_the_path_says_then_by_its_last_parts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pretrain(Path("exp"), "tube")  # its --output_dir is relative
-    finetune(Path("exp"), "ft", tmp_path / "exp" / "tube").rename("exp/renamed")
+    os.symlink(tmp_path / "exp" / "tube", "latest")
+    finetune(Path("exp"), "ft", tmp_path / "latest").rename("exp/renamed")
     finetune(Path("exp"), "probe", "/old/disk/exp/tube", "--linear_probe").rename("exp/renamed_probe")
     finetune(Path("exp"), "other", "/old/disk/elsewhere/tube", "--attentive_probe").rename("exp/renamed_other")
     _, _, runs = compare(tmp_path, "exp")
