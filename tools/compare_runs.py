@@ -245,7 +245,7 @@ def add_costs(cells, runs, base, baseline):
         ratio = seconds / theirs if seconds and theirs else None
         cells.add(f"step / {baseline}'s", "step_ratio", "-" if ratio is None else f"{ratio:.2f}", **{"": ratio})
     memory = max((run.memory() for run in runs if run.memory() is not None), default=None)
-    cells.add("peak memory", "peak_memory", "-" if memory is None else f"{memory:.4g}", **{"": memory})
+    cells.add("peak memory (GiB)", "peak_memory", "-" if memory is None else f"{memory:.4g}", **{"": memory})
 
 
 def average(values):

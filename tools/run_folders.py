@@ -18,13 +18,13 @@ READ_BY = dict.fromkeys(
     "ppo_epochs ppo_clip policy_coef value_coef entropy_coef normalize_advantage".split(),
     "tats",
 ) | {"adamae_coef": "adamae"}  # fmt: skip
-# May differ unmentioned: what run_common.FREE_ON_RESUME holds, and the device. The rows tell data_path and seed; where
+# May differ unmentioned: what run_common.FREE_ON_RESUME holds, device and pictures. The rows tell data_path and seed; where
 # --finetune points, the clips of a step and the settings of the test are compared on their own (settings).
 FREE = set(
     "resume auto_resume start_epoch output_dir log_dir num_workers pin_mem print_freq rank local_rank world_size "
     "distributed dist_url dist_on_itp save_ckpt_freq finetune use_checkpoint checkpoint_modules eval test_num_segment "
     "test_num_crop allow_missing test_data_path save_ckpt save_ckpt_minutes keep_last enable_deepspeed zero_stage "
-    "offload fused_adam deepspeed_config device data_path seed".split()
+    "offload fused_adam deepspeed_config picture_freq device data_path seed".split()
 )
 
 
@@ -66,9 +66,8 @@ class Run:
         return statistics.median(seconds) if seconds else None
 
     def memory(self):
-        """The largest logged value whose name speaks of memory, or None."""
-        values = [value for record in self.log.values() for name, value in record.items() if "memory" in name]
-        return max((value for value in values if value is not None), default=None)
+        """The most that a process held, in GiB, or None where that was not logged."""
+        return max(self.curve("train_peak_memory")[1], default=None)
 
 
 def read_json(path):
