@@ -18,7 +18,7 @@ READ_BY = dict.fromkeys(
     "ppo_epochs ppo_clip policy_coef value_coef entropy_coef normalize_advantage".split(),
     "tats",
 ) | {"adamae_coef": "adamae"}  # fmt: skip
-# May differ unmentioned: what run_common.FREE_ON_RESUME holds, device and pictures. The rows tell data_path and seed; where
+# May differ unmentioned: what run_common.FREE_ON_RESUME holds, device, pictures. Rows tell data_path and seed; where
 # --finetune points, the clips of a step and the settings of the test are compared on their own (settings).
 FREE = set(
     "resume auto_resume start_epoch output_dir log_dir num_workers pin_mem print_freq rank local_rank world_size "
