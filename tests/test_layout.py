@@ -62,6 +62,18 @@ ALLOWED = {
     "tools.make_subset": {"datasets.video", "tools.common", "utils"},
     "tools.check_videos": {"datasets.video", "tools.common", "utils"},
     "tools.resize_videos": {"datasets.video", "tools.common", "utils"},
+    "tools.paper_tables": set(),
+    "tools.seed_statistics": set(),
+    "tools.run_folders": {"utils"},
+    "tools.compare_pictures": {"tools.common", "tools.run_folders", "tools.seed_statistics"},
+    "tools.compare_runs": {
+        "tools.common",
+        "tools.compare_pictures",
+        "tools.paper_tables",
+        "tools.run_folders",
+        "tools.seed_statistics",
+        "utils",
+    },
     "run_common": {
         "backend",
         "checkpoint",

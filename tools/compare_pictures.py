@@ -1,0 +1,103 @@
+"""The pictures of tools/compare_runs.py: learning curves, and accuracies with their intervals."""
+
+import statistics
+import textwrap
+from collections import defaultdict
+
+from tools.common import replacing
+from tools.run_folders import KINDS, PRETRAINING
+from tools.seed_statistics import interval
+
+LOGGED = {"loss": "reconstruction error", "motion_lift": "motion lift", "entropy": "entropy / log N"}
+
+
+def draw_curves(path, rows, labels):
+    """Mean of the seeds over epochs and a band from the least to the greatest, a panel for each of what was logged.
+
+    Returns whether there was anything to draw.
+    """
+    panels = [(PRETRAINING, f"train_{name}", title) for name, title in LOGGED.items()]
+    panels += [(kind, "val_acc1", f"{kind}: validation top-1 (%)") for kind in KINDS]
+    panels = [
+        panel for panel in panels if any(run.curve(panel[1])[0] for row in rows for run in row.runs.get(panel[0], []))
+    ]
+    if not panels:
+        return False
+    figure, grid = new_figure(len(panels), len(rows))
+    handles = {}
+    for axes, (kind, name, title) in zip(grid, panels, strict=True):
+        drawn = []
+        for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
+            runs = row.runs.get(kind, [])
+            if runs and runs not in drawn:  # one pre-training may have several rows, one for each data set it served
+                drawn.append(runs)
+                line = draw_band(axes, [run.curve(name) for run in runs], **style_of(index))
+                if line:
+                    handles.setdefault(wrap(label), line)
+        axes.set(title=title, xlabel="epoch")
+        axes.locator_params(axis="x", integer=True)
+        axes.grid(alpha=0.3)
+    finish(figure, path, handles)
+    return True
+
+
+def draw_band(axes, curves, **style):
+    """The handle of the mean's line, or None where there is nothing to draw."""
+    values = defaultdict(list)
+    for epochs, numbers in curves:
+        for epoch, number in zip(epochs, numbers, strict=True):
+            values[epoch].append(number)
+    epochs = sorted(values)
+    if not epochs:
+        return None
+    marker = "o" if len(epochs) == 1 else None
+    (line,) = axes.plot(epochs, [statistics.fmean(values[epoch]) for epoch in epochs], marker=marker, **style)
+    low, high = ([choose(values[epoch]) for epoch in epochs] for choose in (min, max))
+    axes.fill_between(epochs, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    return line
+
+
+def draw_accuracies(path, rows, labels, kinds):
+    """A dot for each seed, beside it the mean with its interval, a panel for each kind."""
+    figure, grid = new_figure(len(kinds))
+    for axes, kind in zip(grid, kinds, strict=True):
+        shown = [(index, row.runs[kind]) for index, row in enumerate(rows) if row.runs.get(kind)]
+        for place, (index, runs) in enumerate(shown):
+            values = [run.test["acc1"] for run in runs]
+            color = style_of(index)["color"]
+            axes.plot([place - 0.12] * len(values), values, "o", color=color, alpha=0.6, markersize=5)
+            mean, half = interval(values)
+            axes.errorbar(place + 0.12, mean, half, fmt="_", color=color, capsize=5, markersize=14)
+        axes.set_xticks(range(len(shown)), [wrap(labels[index]) for index, _ in shown], rotation=30, ha="right")
+        axes.set(title=f"{kind}: test top-1 (%)", xlim=(-0.5, len(shown) - 0.5))
+        axes.grid(axis="y", alpha=0.3)
+    finish(figure, path, {})
+
+
+def style_of(index):
+    return {"color": f"C{index % 10}", "linestyle": ("-", "--", ":", "-.")[index // 10 % 4]}
+
+
+def wrap(label):
+    return textwrap.fill(label, 36, max_lines=3, placeholder=" ...")
+
+
+def new_figure(num_panels, num_handles=0):
+    """num_handles: of the legend that will need a place below."""
+    from matplotlib.figure import Figure
+
+    columns = 2 if num_panels == 4 else min(num_panels, 3)
+    lines = -(-num_panels // columns)
+    below = 0.5 * -(-num_handles // columns)
+    figure = Figure(figsize=(4.6 * columns + 0.4, 3.6 * lines + 0.9 + below), layout="constrained")
+    return figure, list(figure.subplots(lines, columns, squeeze=False).flat)[:num_panels]
+
+
+def finish(figure, path, handles):
+    for axes in figure.axes:
+        axes.set_visible(axes.has_data())
+    if handles:
+        columns = min(len(handles), round(figure.get_figwidth() // 4.6))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -1,0 +1,242 @@
+"""Folders that runs leave (args.json, log.txt, test.json): reading them, which belong together, and how they differ."""
+
+import json
+import math
+import os
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import UsageError
+
+PRETRAINING, SCRATCH = "pre-training", "scratch"
+KINDS = ("fine-tuning", "linear probe", "attentive probe")  # what yields accuracies
+UNREAD = "-"  # the value of a flag that a run's method does not read
+READ_BY = dict.fromkeys(
+    "tats_attention tats_blocks num_landmarks softmax_temp tats_lr tats_eps tats_start_epoch tats_rollout_steps "
+    "ppo_epochs ppo_clip policy_coef value_coef entropy_coef normalize_advantage".split(),
+    "tats",
+) | {"adamae_coef": "adamae"}  # fmt: skip
+# May differ unmentioned: what run_common.FREE_ON_RESUME holds, device, pictures. Rows tell data_path and seed; where
+# --finetune points, the clips of a step and the settings of the test are compared on their own (settings).
+FREE = set(
+    "resume auto_resume start_epoch output_dir log_dir num_workers pin_mem print_freq rank local_rank world_size "
+    "distributed dist_url dist_on_itp save_ckpt_freq finetune use_checkpoint checkpoint_modules eval test_num_segment "
+    "test_num_crop allow_missing test_data_path save_ckpt save_ckpt_minutes keep_last enable_deepspeed zero_stage "
+    "offload fused_adam deepspeed_config picture_freq device data_path seed".split()
+)
+
+
+@dataclass(eq=False)
+class Run:
+    folder: Path
+    kind: str  # PRETRAINING, one of KINDS, or ""
+    args: dict
+    made_with: dict  # what args.json says of torch and git
+    log: dict[int, dict]  # of each epoch
+    test: dict | None
+    source: "Run | None" = None  # the pre-training run that it started from
+    problem: str = ""  # why it is left out
+
+    @property
+    def scratch(self):
+        return self.kind in KINDS and not self.args["finetune"]
+
+    @property
+    def seed(self):
+        """What tells replicates apart: (seed of the pre-training or None, seed of what followed or None)."""
+        if self.kind == PRETRAINING:
+            return self.args["seed"], None
+        return self.source.args["seed"] if self.source else None, self.args["seed"]
+
+    def curve(self, name):
+        """Epochs that logged it, and its values."""
+        found = [(epoch, record[name]) for epoch, record in sorted(self.log.items()) if record.get(name) is not None]
+        return [epoch for epoch, _ in found], [value for _, value in found]
+
+    def last(self, name):
+        return self.log[self.args["epochs"] - 1].get(name)
+
+    def step_time(self):
+        """Median over epochs, of TATS over those that trained it."""
+        epochs, seconds = self.curve("train_step_time")
+        start = self.args.get("tats_start_epoch", 0) if self.args.get("mask_type") == "tats" else 0
+        seconds = [value for epoch, value in zip(epochs, seconds, strict=True) if epoch >= start] or seconds
+        return statistics.median(seconds) if seconds else None
+
+    def memory(self):
+        """The most that a process held, in GiB, or None where that was not logged."""
+        return max(self.curve("train_peak_memory")[1], default=None)
+
+
+def read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path}: is not JSON ({error}): repair it, or leave its folder out") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: is not what a run writes: leave its folder out")
+    return content
+
+
+def read_log(path):
+    """{epoch: record}; a line that a crash cut off counts for nothing."""
+    records = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+            records[record["epoch"]] = record
+    return records
+
+
+def kind_of(args):
+    if "mask_type" in args:
+        return PRETRAINING
+    if "nb_classes" not in args:
+        return ""
+    return KINDS[1 if args.get("linear_probe") else 2 if args.get("attentive_probe") else 0]
+
+
+def read_run(folder):
+    """Raises UsageError."""
+    path = folder / "args.json"
+    content = read_json(path)
+    args = content.get("args")
+    needed = {"seed": int, "epochs": int, "data_path": str, "finetune": str, "output_dir": str}
+    if not isinstance(args, dict) or not all(isinstance(args.get(name), kind) for name, kind in needed.items()):
+        raise UsageError(f"{path}: args lacks one of the flags {', '.join(needed)}: leave its folder out")
+    args["data_path"] = os.path.normpath(args["data_path"])
+    made_with = {
+        "version of torch": (content.get("versions") or {}).get("torch"),
+        "git revision": content.get("git"),
+    }
+    test_path = folder / "test.json"
+    test = read_json(test_path) if test_path.is_file() else None
+    if test is not None and not all(isinstance(test.get(name), int | float) for name in ("acc1", "acc5")):
+        raise UsageError(f"{test_path}: has no acc1 and acc5: test again with --eval, or leave its folder out")
+    run = Run(folder, kind_of(args), args, made_with, read_log(folder / "log.txt"), test)
+    run.problem = problem_of(run)
+    return run
+
+
+def problem_of(run):
+    last = run.args["epochs"] - 1
+    if not run.kind:
+        return "neither a pre-training nor a fine-tuning run"
+    if last not in run.log:
+        return f"unfinished, log.txt {f'ends with epoch {max(run.log)}' if run.log else 'has no epoch'} of 0 to {last}"
+    return "unfinished, there is no test.json" if run.kind != PRETRAINING and run.test is None else ""
+
+
+def refuse(error):
+    raise error
+
+
+def find_runs(folders):
+    """All runs in and below the folders, each once, fine-tuning runs with their sources. Raises UsageError."""
+    found = {}
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise UsageError(f"FOLDER {folder}: there is no such folder")
+        for root, below, files in os.walk(folder, onerror=refuse):
+            below.sort()
+            if "args.json" in files:
+                found.setdefault(os.path.realpath(root), Path(root))
+    runs = [read_run(folder) for folder in found.values()]
+    for run in runs:
+        if run.kind in KINDS and not run.scratch:
+            run.source = source_of(run, [other for other in runs if other.kind == PRETRAINING])
+            if run.source is None and not run.problem:
+                run.problem = f"started from {run.args['finetune']}, whose run is in none of the FOLDERs"
+            elif run.source and run.source.problem and not run.problem:
+                run.problem = f"its pre-training {run.source.folder} is left out"
+    return runs
+
+
+def source_of(run, candidates):
+    """The pre-training run whose folder --finetune lies in, or None. Raises UsageError where it may be either of two.
+
+    The trees may have been moved, and paths may be relative: first the checkpoint is sought where it lies as seen
+    from the run's own folder, then where the path says, then in the --output_dir that a run had, then by the last two
+    parts of the path."""
+    parent = Path(os.path.normpath(run.args["finetune"])).parent
+    own, recorded = Path(os.path.realpath(run.folder)).parts, Path(os.path.normpath(run.args["output_dir"])).parts
+    same = len(os.path.commonprefix([own[::-1], recorded[::-1]]))  # parts at the end
+    moved_from, moved_to = recorded[: len(recorded) - same], own[: len(own) - same]
+    beside = None
+    if same and parent.parts[: len(moved_from)] == moved_from:
+        beside = os.path.realpath(Path(*moved_to, *parent.parts[len(moved_from) :]))
+    ways = (
+        lambda other: os.path.realpath(other.folder) == beside,
+        lambda other: os.path.realpath(other.folder) == os.path.realpath(parent),
+        lambda other: os.path.normpath(other.args["output_dir"]) == str(parent),
+        lambda other: len(parent.parts) > 1 and Path(os.path.realpath(other.folder)).parts[-2:] == parent.parts[-2:],
+    )
+    for way in ways:
+        found = [other for other in candidates if way(other)]
+        if len(found) > 1:
+            raise UsageError(
+                f"{run.folder}: started from {run.args['finetune']}, which may be of {found[0].folder} or of "
+                f"{found[1].folder}: leave one of them out"
+            )
+        if found:
+            return found[0]
+    return None
+
+
+def value_of(run, flag):
+    """Of a pre-training run; hashable. Raises UsageError."""
+    if flag not in run.args:
+        raise UsageError(f"--by {flag}: the pre-training run {run.folder} has no such flag")
+    if READ_BY.get(flag, run.args["mask_type"]) != run.args["mask_type"]:
+        return UNREAD
+    value = run.args[flag]
+    return tuple(value) if isinstance(value, list) else value
+
+
+def settings(run, by):
+    """{name: value as text} of what should be equal in runs that are compared."""
+    args = run.args
+    free = FREE | (set(by) if run.kind == PRETRAINING else set())
+    named = {
+        f"--{name}": UNREAD if READ_BY.get(name, args.get("mask_type")) != args.get("mask_type") else str(value)
+        for name, value in args.items()
+        if name not in free
+    }
+    clips = [args.get(name, 1) for name in ("batch_size", "accum_iter", "world_size")]
+    named["clips a step"] = str(math.prod(clips))
+    named["n_parameters"] = str(run.last("n_parameters"))
+    named |= {name: str(value) for name, value in run.made_with.items()}
+    if run.kind == PRETRAINING:
+        return named if "finetune" in by else named | {"--finetune": args["finetune"] or "none"}
+    named["checkpoint of --finetune"] = UNREAD if run.scratch else Path(args["finetune"]).name
+    return named | {
+        f"{name} of the test": str(run.test.get(name)) for name in ("temporal_clips", "spatial_crops", "list", "videos")
+    }
+
+
+def differences(runs, by):
+    """A line for each setting that runs of one kind, fine-tuned on the same, do not share."""
+    root = os.path.commonpath([os.path.abspath(run.folder.parent) for run in runs])
+    groups, lines = defaultdict(list), []
+    for run in runs:
+        groups[run.kind, run.args["data_path"] if run.kind in KINDS else ""].append(run)
+    for (kind, target), members in sorted(groups.items()):
+        all_settings = [settings(run, by) for run in members]
+        for name in dict.fromkeys(name for named in all_settings for name in named):
+            values = defaultdict(list)
+            for run, named in zip(members, all_settings, strict=True):
+                values[named.get(name, "absent")].append(os.path.relpath(run.folder, root))
+            values.pop(UNREAD, None)
+            if len(values) > 1:
+                shown = "; ".join(f"{value} in {listing(names)}" for value, names in sorted(values.items()))
+                lines.append(f"{kind}{f' on {target}' if len(groups) > 1 and target else ''}: {name}: {shown}")
+    return lines
+
+
+def listing(names):
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
