@@ -55,8 +55,6 @@ ALLOWED = {
     "engine_for_tats": {"backend", "engine_for_pretraining", "epoch_runner", "masking_generator", "ppo"},
     "engine_for_finetuning": {"backend", "datasets.transforms", "datasets.video", "epoch_runner", "utils"},
     "reports": set(),
-    "tools.paper_tables": set(),
-    "tools.compare_runs": {"tools.common", "tools.paper_tables", "utils"},
     "tools.common": {"datasets.video", "utils"},
     "tools.make_lists": {"tools.common", "utils"},
     "tools.make_subset": {"datasets.video", "tools.common", "utils"},

@@ -4,4 +4,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../compare/sweep.sh"
 MASK_RATIOS=${MASK_RATIOS:-0.95}
 for kind in mha orthoformer trajectory; do add_variants "$kind" --tats_attention "$kind"; done
-run_units "ablations_$DATA_SET/attention" --by mask_ratio tats_attention --paper table3 "$@"
+run_units "ablations_$DATA_SET/attention" --by tats_attention --paper table3 "$@"

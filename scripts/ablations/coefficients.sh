@@ -7,4 +7,4 @@ for row in 1e-4,1e-3,1e-3 1e-4,1e-3,1e-4 1e-4,1e-4,1e-3 1e-3,1e-4,1e-4 1e-4,1e-4
     IFS=, read -r policy value entropy <<< "$row"
     add_variants "$row" --policy_coef "$policy" --value_coef "$value" --entropy_coef "$entropy"
 done
-run_units "ablations_$DATA_SET/coefficients" --by mask_ratio policy_coef value_coef entropy_coef --paper table6 "$@"
+run_units "ablations_$DATA_SET/coefficients" --by policy_coef value_coef entropy_coef --paper table6 "$@"

@@ -4,4 +4,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../compare/sweep.sh"
 MASK_RATIOS=${MASK_RATIOS:-0.95}
 for depth in 1 2 4 8; do add_variants "depth$depth" --decoder_depth "$depth"; done
-run_units "ablations_$DATA_SET/decoder_depth" --by mask_ratio decoder_depth --paper table3 "$@"
+run_units "ablations_$DATA_SET/decoder_depth" --by decoder_depth --paper table3 "$@"

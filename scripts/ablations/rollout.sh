@@ -7,4 +7,4 @@ EK=${EK:-0,1 1,1 5,1 10,1 25,1 100,1 50,5 50,10 50,25}
 for pair in $EK; do
     add_variants "e${pair%,*}-k${pair#*,}" --tats_start_epoch "${pair%,*}" --tats_rollout_steps "${pair#*,}"
 done
-run_units "ablations_$DATA_SET/rollout" --by mask_ratio tats_start_epoch tats_rollout_steps --paper table5 "$@"
+run_units "ablations_$DATA_SET/rollout" --by tats_start_epoch tats_rollout_steps --paper table5 --data_set UCF101 "$@"

@@ -4,4 +4,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../compare/sweep.sh"
 MASK_RATIOS=${MASK_RATIOS:-0.95}
 for blocks in 1 2 3; do add_variants "blocks$blocks" --tats_blocks "$blocks"; done
-run_units "ablations_$DATA_SET/tats_blocks" --by mask_ratio tats_blocks --paper table3 "$@"
+run_units "ablations_$DATA_SET/tats_blocks" --by tats_blocks --paper table3 "$@"
