@@ -44,7 +44,7 @@ from datasets.video import EvalVideoDataset, ListError, TrainVideoDataset, Video
 from tools import check_videos, make_lists, make_subset, resize_videos
 from tools.common import in_processes
 
-LISTS, VIDEOS, REAL_VIDEOS, FILES, STATES, ANNOTATIONS = 1000, 150, 60, 300, 100, 30  # random cases; others come on top
+LISTS, VIDEOS, REAL_VIDEOS, FILES, STATES, ANNOTATIONS = 500, 60, 30, 150, 60, 30  # random cases; others come on top
 SECONDS = 20  # for one input, on a busy machine
 SMALL = [
     "--input_size", "32", "--num_frames", "4", "--sampling_rate", "2", "--batch_size", "4", "--num_workers", "0",

@@ -84,7 +84,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
         lines = [line for line in (shapes / f"{split}.csv").read_text().splitlines() if line[-2:] in (" 0", " 1")]
         (shapes / "right_left" / f"{split}.csv").write_text("".join(f"../{line}\n" for line in lines))
     out = tmp_path / "out"
-    environment = dict(DATA_PATH=str(shapes), OUTPUT_DIR=str(out), METHODS="random tats", PRETRAIN_EPOCHS="2",
+    environment = dict(DATA_PATH=str(shapes), OUTPUT_DIR=str(out), METHODS="random", PRETRAIN_EPOCHS="2",
                        EVALUATIONS="linear_probe", PROBE_EPOCHS="1", TATS_START_EPOCH="1", NUM_WORKERS="0", JOBS="1",
                        BATCH_SIZE="4", OMP_NUM_THREADS="1")  # fmt: skip
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -101,7 +101,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     assert first.stat().st_mtime_ns == written  # not trained again
     with open(out / "table.csv", newline="") as file:
         rows = {row["mask_type"]: row for row in csv.DictReader(file)}
-    assert rows.keys() == {"random", "tats"}
+    assert rows.keys() == {"random"}
     for method, row in rows.items():
         test = json.loads((out / f"{method}-ratio0.75-seed0/linear_probe/test.json").read_text())
         assert float(row["linear_probe_acc1_mean"]) == test["acc1"]
@@ -111,7 +111,9 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     result = sweep(COMPARE / "embedded.sh", **environment | dict(SEEDS="1", METHODS="random", PRETRAIN_EXTRA="--lr -1"))
     assert result.returncode == 1 and "random-ratio0.75-seed1: status 1, see" in result.stdout
     # a job of a Slurm array is one unit, and writes no table
-    job = environment | dict(SLURM_ARRAY_TASK_ID="1", OUTPUT_DIR=str(tmp_path / "array"), EVALUATIONS="")
+    job = environment | dict(
+        SLURM_ARRAY_TASK_ID="1", METHODS="random tats", OUTPUT_DIR=str(tmp_path / "array"), EVALUATIONS=""
+    )
     result = sweep(COMPARE / "embedded.sh", **job)
     assert result.returncode == 0, result.stderr
     assert [path.name for path in (tmp_path / "array").iterdir()] == ["tats-ratio0.75-seed0"]
