@@ -415,7 +415,8 @@ FREE_ON_RESUME = {
     "local_rank", "world_size", "distributed", "dist_url", "dist_on_itp", "save_ckpt_freq", "finetune",
     "use_checkpoint", "checkpoint_modules",
     "eval", "test_num_segment", "test_num_crop", "allow_missing", "test_data_path", "save_ckpt",
-    "save_ckpt_minutes", "keep_last", "picture_freq", "enable_deepspeed", "zero_stage", "offload", "fused_adam", "deepspeed_config",
+    "save_ckpt_minutes", "keep_last",
+    "picture_freq", "enable_deepspeed", "zero_stage", "offload", "fused_adam", "deepspeed_config",
 }  # fmt: skip
 
 
