@@ -65,7 +65,8 @@ def report(measured: dict) -> str:
 
     def within(a: np.ndarray, b: np.ndarray) -> float:
         """Correlation over the tokens of a clip, mean over clips."""
-        return float(np.mean([np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True) if x.std() and y.std()]))
+        found = [np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True) if x.std() and y.std()]
+        return float(np.mean(found)) if found else float("nan")
 
     def lift(weights: np.ndarray) -> float:
         return float((weights * motion).mean() / motion.mean())
