@@ -65,6 +65,10 @@ class TATS(MaskSampler):
     tokens are cut off from the graph that made them: no gradient reaches the MAE. The fixed position table is added
     here (paper eq. 3-5). Visible tokens are drawn without replacement from p = softmax(z / temperature) by Gumbel
     top-k; seed=None takes the most probable ones instead (for pictures).
+
+    logit_cap C > 0: logits of a clip are centred and bounded by z -> C tanh(z / C), so that no token is more than
+    exp(2 C / temperature) times as probable as another. The objective itself has no such bound: it grows with the scale
+    of the logits for ever (docs/SAMPLER.md).
     """
 
     needs_tokens = True
@@ -79,12 +83,13 @@ class TATS(MaskSampler):
         num_blocks: int = 1,
         num_landmarks: int = 128,
         temperature: float = 1.0,
+        logit_cap: float = 0.0,
         use_checkpoint: bool = False,
     ):
         super().__init__(grid, mask_ratio)
         if attention not in ATTENTIONS:
             raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}; got {attention!r}")
-        self.temperature = temperature
+        self.temperature, self.logit_cap = temperature, logit_cap
         table = get_sinusoid_encoding_table(self.num_tokens, dim)
         self.register_buffer("pos_embed", table, persistent=False)
         self.blocks = nn.ModuleList(
@@ -117,6 +122,8 @@ class TATS(MaskSampler):
         for block in self.blocks[:-1]:
             x = block(x, self.grid[0])
         logits = self.blocks[-1].score(x, self.grid[0], self.actor)
+        if self.logit_cap:
+            logits = self.logit_cap * torch.tanh((logits - logits.mean(dim=1, keepdim=True)) / self.logit_cap)
         log_prob = torch.log_softmax(logits / self.temperature, dim=-1)
         return Mask(*draw(log_prob, self.num_visible, seed), log_prob, value)
 

@@ -85,6 +85,7 @@ SAMPLERS = {
         args.tats_blocks,
         args.num_landmarks,
         args.softmax_temp,
+        args.tats_logit_cap,
         use_checkpoint=recomputes(args, "sampler"),
     ),
 }
@@ -140,6 +141,8 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--tats_blocks", default=1, type=int, help="transformer blocks of TATS")
     group.add_argument("--num_landmarks", default=128, type=int, help="Orthoformer landmarks a head")
     group.add_argument("--softmax_temp", default=1.0, type=float, help="temperature of TATS's token probabilities")
+    group.add_argument("--tats_logit_cap", default=0.0, type=float,
+                       help="C > 0 bounds TATS's logits to +-C, lest it collapse; 0: none, as the paper")  # fmt: skip
     group.add_argument("--tats_lr", default=1.5e-6, type=float, help="constant, not scaled by the batch size")
     group.add_argument(
         "--tats_eps",
@@ -178,7 +181,7 @@ def check_flags(args) -> None:
         args,
         at_least_1="decoder_depth tats_blocks num_landmarks tats_rollout_steps ppo_epochs",
         positive="tats_lr softmax_temp ppo_clip",
-        not_negative="picture_freq tats_start_epoch policy_coef value_coef entropy_coef adamae_coef",
+        not_negative="picture_freq tats_logit_cap tats_start_epoch policy_coef value_coef entropy_coef adamae_coef",
         at_most_1000="decoder_depth tats_blocks ppo_epochs",
     )
     if args.softmax_temp < 1e-6:  # float32 logits over it would overflow

@@ -89,7 +89,8 @@ case ${SCALE:-paper} in
             --lr "${LR:-3.2e-2}" --warmup_lr 0 --min_lr 0 --warmup_epochs "${WARMUP_EPOCHS:-1}" --epochs "$EPOCHS"
             --save_ckpt_freq "${SAVE_FREQ:-1000}" --num_workers "${NUM_WORKERS:-1}" --print_freq 50)
         TATS_FLAGS=(--mask_type tats --tats_attention trajectory --tats_start_epoch "${TATS_START_EPOCH:-$((EPOCHS / 2))}"
-            --tats_lr "${TATS_LR:-2e-4}" --entropy_coef "${ENTROPY_COEF:-1e-5}" --normalize_advantage)
+            --tats_lr "${TATS_LR:-2e-4}" --entropy_coef "${ENTROPY_COEF:-1e-5}" --normalize_advantage
+            --tats_logit_cap "${TATS_LOGIT_CAP:-2}")
         FINETUNE_FLAGS=(--model "${MODEL:-vit_tiny_patch8_64}" --input_size "${INPUT_SIZE:-64}" --num_frames 8
             --batch_size "${BATCH_SIZE:-16}" --num_sample "${NUM_SAMPLE:-4}" --lr "${LR:-1.6e-2}"
             --crop_scale 0.5 1 --aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0 --smoothing 0

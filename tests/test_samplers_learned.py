@@ -208,6 +208,16 @@ def test_temperature_divides_the_logits():
     assert ppo.entropy(cold.log_prob) < ppo.entropy(warm.log_prob) - 0.1
 
 
+def test_logit_cap_bounds_centred_logits():
+    free, capped = (randomize(make_tats(logit_cap=cap))(None, torch.arange(2), make_tokens()) for cap in (0.0, 0.5))
+    z = free.log_prob.double()
+    z = z - z.mean(dim=1, keepdim=True)  # softmax tells logits but for a constant, which centring removes
+    expected = (0.5 * torch.tanh(z / 0.5)).log_softmax(dim=-1)
+    torch.testing.assert_close(capped.log_prob.double(), expected, rtol=1e-4, atol=1e-5)
+    spread = capped.log_prob.amax(dim=1) - capped.log_prob.amin(dim=1)
+    assert z.abs().max() > 1 and (spread < 1 + 1e-5).all()
+
+
 def test_adamae_sampler_equals_its_definition():
     sampler, tokens = randomize(AdaMAESampler(GRID, RATIO, DIM)).eval(), make_tokens()
     state = {name: value.double() for name, value in sampler.state_dict().items()}
