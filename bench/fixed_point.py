@@ -1,12 +1,15 @@
-"""Where PPO would take a trained TATS if it trained for ever, beside where it is: does the reward follow motion, and
-how much of the preference that the objective allows has the policy learned?
+"""Where PPO would take a trained TATS, beside where it is: does the reward follow motion, how much of the preference
+that the objective allows has the policy learned, and does anything hold the scale of its logits?
 
     python bench/fixed_point.py --model_path output/compare/embedded/tats-ratio0.75-seed0/pretrain --data_path VAL.csv
 
 For every clip many masks are drawn from the checkpoint's policy; a token's expected advantage is the mean of error - V
 over those in which it is masked, times how often it is. Near the uniform policy the objective rests where
 u log u = kappa E[A m] with u = N p of a token and kappa = (c_p / c_e)(N / N_m) (README); where that has no solution,
-the token goes to p = 0.
+the token goes to p = 0. That rest is a local one. Along the scale of the logits z the objective's slope is
+c_p Cov(A, z) over the masked tokens, which grows with z, minus c_e Var(z) under p, which falls to 0 as p collapses:
+where the first is the larger, the policy sharpens on. (--tats_logit_cap ends that; slopes of a capped policy say
+little.)
 """
 
 import argparse
@@ -36,7 +39,8 @@ def fixed_point(pull: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def measure(trained: Trained, clips: torch.Tensor, draws: int) -> dict[str, np.ndarray]:
-    """kappa, and arrays [clips, N]: motion, u (N p), error (mean where masked), pull (kappa E[A m])."""
+    """kappa, the two slopes along the scale of the logits, and arrays [clips, N]: motion, u (N p), error (mean where
+    masked), pull (kappa E[A m]). With --normalize_advantage kappa has the deviation of A in it."""
     args, grid = trained.args, trained.mae.grid
     recipe = PretrainRecipe(mean=trained.mean, std=trained.std, lr=0, min_lr=0, grid=grid, loss=args.loss,
                             normalize_target=args.normalize_target)  # fmt: skip
@@ -44,17 +48,27 @@ def measure(trained: Trained, clips: torch.Tensor, draws: int) -> dict[str, np.n
     tokens = trained.mae.encoder.patch_embed(video)
     total = torch.zeros(len(clips), trained.sampler.num_tokens)
     count = torch.zeros_like(total)
+    draws_of_error = []  # a draw: where masked, [clips, N_m] each
     for draw in range(draws):
         mask = trained.sampler(video, draw * len(clips) + torch.arange(len(clips)), tokens)
         error = masked_error(trained.mae(video, mask), clips.transpose(1, 2), mask, recipe)
         total.scatter_add_(1, mask.masked, error)
         count.scatter_add_(1, mask.masked, torch.ones_like(error))
+        draws_of_error.append((mask.masked, error))
     error = total / count.clamp(min=1)
     baseline = total.sum(dim=1, keepdim=True) / count.sum(dim=1, keepdim=True)  # a perfect critic
-    kappa = args.policy_coef / args.entropy_coef * total.shape[1] / mask.masked.shape[1]
+    scale = torch.cat([e - baseline for _, e in draws_of_error]).std().item() if args.normalize_advantage else 1.0
+    kappa = args.policy_coef / args.entropy_coef * total.shape[1] / mask.masked.shape[1] / scale
+    log_prob, p = mask.log_prob, mask.log_prob.exp()
+    z = log_prob - (p * log_prob).sum(dim=1, keepdim=True)
+    slopes = {
+        "sharpens": args.policy_coef / scale
+        * torch.stack([((e - baseline) * z.gather(1, masked)).mean() for masked, e in draws_of_error]).mean().item(),
+        "holds": args.entropy_coef * (p * z.square()).sum(dim=1).mean().item(),
+    }  # fmt: skip
     measured = {"motion": motion_energy(video, grid), "u": mask.log_prob.exp() * total.shape[1], "error": error,
                 "pull": kappa * (error - baseline) * count / draws}  # fmt: skip
-    return {name: value.numpy() for name, value in measured.items()} | {"kappa": kappa}
+    return {name: value.numpy() for name, value in measured.items()} | {"kappa": kappa} | slopes
 
 
 def report(measured: dict) -> str:
@@ -81,6 +95,8 @@ def report(measured: dict) -> str:
         f"contrast, mean u^2           {(u**2).mean():9.2f} {(rest**2).mean():9.2f}",
         f"motion of a token drawn      {lift(u):9.2f} {lift(rest):9.2f}   (1 = blind)",
         f"tokens with u below 0.05     {(u < 0.05).mean():9.1%} {(rest < 0.05).mean():9.1%}",
+        f"slope along the scale of the logits: {measured['sharpens']:.2e} of the reward, "
+        f"{-measured['holds']:.2e} of entropy",
     ]
     return "\n".join(lines)
 

@@ -46,3 +46,39 @@ def test_the_command_runs_and_says_what_it_needs(trained, capsys):
     flags = ["--data_path", str(trained / "shapes/val.csv"), "--num_videos", "3", "--draws", "4"]
     fixed_point.main(["--model_path", str(trained / "tats"), *flags])
     assert "does the reward follow motion?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_slopes_are_the_derivative_along_the_scale_of_the_logits(trained, normalize):
+    """Central differences of c_p mean(A log p) and of c_e H under logits (1 + h) z, for the same masks and errors."""
+    model = fixed_point.Trained(str(trained / "tats"), [])
+    args, step, draws = model.args, 1e-3, 6
+    args.normalize_advantage = normalize
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.sampler.actor.weight)
+    clips = torch.randint(256, (3, 4, 3, 32, 32), dtype=torch.uint8)
+    measured = fixed_point.measure(model, clips, draws)
+    _, video = fixed_point.normalize(clips, model.mean, model.std)
+    recipe = fixed_point.PretrainRecipe(mean=model.mean, std=model.std, lr=0, min_lr=0, grid=model.mae.grid)
+    masks, errors = [], []
+    with torch.no_grad():
+        tokens = model.mae.encoder.patch_embed(video)
+        for draw in range(draws):
+            masks.append(model.sampler(video, 3 * draw + torch.arange(3), tokens))
+            prediction = model.mae(video, masks[-1])
+            errors.append(fixed_point.masked_error(prediction, clips.transpose(1, 2), masks[-1], recipe).double())
+    errors = torch.stack(errors)  # [draws, clips, N_m]
+    advantages = errors - errors.mean(dim=(0, 2), keepdim=True)
+    scale = advantages.std().item() if normalize else 1.0
+
+    def objective(h):
+        log_prob = ((1 + h) * masks[0].log_prob.double()).log_softmax(dim=1)
+        chosen = torch.stack([log_prob.gather(1, mask.masked) for mask in masks])
+        bonus = -(log_prob.exp() * log_prob).sum(dim=1).mean()
+        return args.policy_coef * (advantages / scale * chosen).mean().item(), args.entropy_coef * bonus.item()
+
+    slopes = [(more - less) / (2 * step) for more, less in zip(objective(step), objective(-step), strict=True)]
+    assert measured["sharpens"] == pytest.approx(slopes[0], rel=1e-3)
+    assert measured["holds"] == pytest.approx(-slopes[1], rel=1e-3)
+    tokens, visible = model.sampler.num_tokens, model.sampler.num_visible
+    assert measured["kappa"] == pytest.approx(2 * tokens / (tokens - visible) / scale, rel=1e-4)
