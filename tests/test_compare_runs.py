@@ -210,6 +210,10 @@ def test_scratch_can_be_the_baseline(tmp_path, campaign):
 def test_flags_that_a_method_does_not_read_make_no_rows_and_no_notes(tmp_path):
     pretrain(tmp_path, "tube0", "--tats_lr", "1", "--entropy_coef", "1")
     pretrain(tmp_path, "tube1", "--seed", "1")
+    path = tmp_path / "tube1" / "args.json"
+    args = json.loads(path.read_text())
+    del args["args"]["tats_logit_cap"]  # of a revision that had no such flag
+    path.write_text(json.dumps(args))
     pretrain(tmp_path, "tats0", "--mask_type", "tats", "--entropy_coef", "1e-5")
     text, table, _ = compare(tmp_path, tmp_path, "--by", "mask_type", "entropy_coef", "--baseline", "tube")
     assert [(row["mask_type"], row["entropy_coef"], row["runs"]) for row in table] == [

@@ -202,11 +202,8 @@ def settings(run, by):
     """{name: value as text} of what should be equal in runs that are compared."""
     args = run.args
     free = FREE | (set(by) if run.kind == PRETRAINING else set())
-    named = {
-        f"--{name}": UNREAD if READ_BY.get(name, args.get("mask_type")) != args.get("mask_type") else str(value)
-        for name, value in args.items()
-        if name not in free
-    }
+    named = {f"--{name}": UNREAD for name, method in READ_BY.items() if method != args.get("mask_type")}
+    named |= {f"--{name}": str(args[name]) for name in args if name not in free and f"--{name}" not in named}
     clips = [args.get(name, 1) for name in ("batch_size", "accum_iter", "world_size")]
     named["clips a step"] = str(math.prod(clips))
     named["n_parameters"] = str(run.last("n_parameters"))
