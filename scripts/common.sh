@@ -13,6 +13,7 @@
 #   SEED
 #   SCALE        paper (default: ViT-B, 16 frames of 224 x 224) or tiny: a model of 0.6 M weights, 8 frames of INPUT_SIZE
 #                (64), large learning rates, minutes on a CPU
+#   TATS_START_EPOCH  TATS_LR  ENTROPY_COEF  TATS_LOGIT_CAP      of the tiny scale; of the paper's by flags
 #   DRY_RUN=1    print the command instead of running it
 set -euo pipefail
 

@@ -2,10 +2,7 @@
 # are none (DATA_PATH, default output/shapes), scale and frame size are small, and the clips to fine-tune on are those that
 # move right or left, in DATA_PATH/right_left.
 SCALE=${SCALE:-tiny} INPUT_SIZE=${INPUT_SIZE:-32}
-if [ "$SCALE" = tiny ]; then # docs/RESULTS.md was measured so
-    EPOCHS=${EPOCHS:-7} TATS_START_EPOCH=${TATS_START_EPOCH:-3} TATS_LR=${TATS_LR:-5e-4} ENTROPY_COEF=${ENTROPY_COEF:-1e-6}
-    TATS_LOGIT_CAP=${TATS_LOGIT_CAP:-0}
-fi
+if [ "$SCALE" = tiny ]; then EPOCHS=${EPOCHS:-7} TATS_START_EPOCH=${TATS_START_EPOCH:-3} TATS_LR=${TATS_LR:-5e-4} ENTROPY_COEF=${ENTROPY_COEF:-1e-6}; fi
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 # write_shapes FOLDER: in one move, lest another run of a sweep sees half of it.
