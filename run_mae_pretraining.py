@@ -84,8 +84,8 @@ SAMPLERS = {
         args.tats_attention,
         args.tats_blocks,
         args.num_landmarks,
-        args.softmax_temp,
-        args.tats_logit_cap,
+        temperature=args.softmax_temp,
+        logit_cap=args.tats_logit_cap,
         use_checkpoint=recomputes(args, "sampler"),
     ),
 }

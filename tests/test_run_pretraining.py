@@ -299,6 +299,13 @@ def flags_read(other_scripts: tuple[str, ...]) -> set[str]:
     }
 
 
+def test_temperature_and_logit_cap_reach_the_sampler():
+    flags = ["--data_path", "x", *TINY, "--mask_type", "tats", "--softmax_temp", "0.5", "--tats_logit_cap", "2"]
+    args = run_mae_pretraining.get_parser().parse_args(flags)
+    sampler = run_mae_pretraining.build_sampler(args, run_mae_pretraining.build_mae(args))
+    assert (sampler.temperature, sampler.logit_cap) == (0.5, 2.0)
+
+
 def test_every_flag_is_read():
     """A flag nobody reads would be a promise nobody keeps."""
     read = flags_read(("run_mae_vis.py", "run_class_finetuning.py"))
