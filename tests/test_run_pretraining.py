@@ -16,7 +16,7 @@ import torch
 
 from datasets.moving_shapes import write_dataset
 from run_common import Curves, run_script
-from run_mae_pretraining import SAMPLERS, get_parser, main
+from run_mae_pretraining import SAMPLERS, build_mae, build_sampler, get_parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -301,8 +301,8 @@ def flags_read(other_scripts: tuple[str, ...]) -> set[str]:
 
 def test_temperature_and_logit_cap_reach_the_sampler():
     flags = ["--data_path", "x", *TINY, "--mask_type", "tats", "--softmax_temp", "0.5", "--tats_logit_cap", "2"]
-    args = run_mae_pretraining.get_parser().parse_args(flags)
-    sampler = run_mae_pretraining.build_sampler(args, run_mae_pretraining.build_mae(args))
+    args = get_parser().parse_args(flags)
+    sampler = build_sampler(args, build_mae(args))
     assert (sampler.temperature, sampler.logit_cap) == (0.5, 2.0)
 
 
