@@ -13,8 +13,8 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from backend import AMP_DTYPES, Backend
+from datasets.decoding import VideoError
 from datasets.transforms import normalize
-from datasets.video import VideoError
 from epoch_runner import EpochRunner, Recipe
 from utils import UsageError, available_memory, format_time, log
 

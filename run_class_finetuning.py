@@ -28,7 +28,7 @@ from checkpoint import (
     saved_args,
 )
 from datasets.build import DATA_SETS, build_evaluation_loader, build_finetuning_loader
-from datasets.video import VideoError
+from datasets.decoding import VideoError
 from engine_for_finetuning import (
     FeatureLoader,
     FinetuneRecipe,

@@ -31,8 +31,9 @@ from checkpoint import (
     saved_args,
     set_aside_later,
 )
+from datasets.decoding import DECODERS, VideoError
+from datasets.lists import ListError
 from datasets.transforms import mean_and_std
-from datasets.video import DECODERS, ListError, VideoError
 from optim_factory import create_optimizer
 from preemption import EXIT_STATUS, SIGNALS, Preempted, set_handlers
 from utils import UsageError, agree, everyone, is_main_process, log, write_run_description

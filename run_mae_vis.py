@@ -19,8 +19,9 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_weights, model_weights, saved_args
+from datasets.decoding import VideoError, read_frames
+from datasets.lists import ListError, read_list
 from datasets.transforms import mean_and_std, normalize
-from datasets.video import ListError, VideoError, read_frames, read_list
 from mask_pictures import darken
 from masking_generator import Mask, motion_energy, motion_lift
 from modeling_pretrain import normalize_patches, patchify, token_error, unpatchify

@@ -32,8 +32,10 @@ from common import header, print_table, time_rounds
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from datasets import transforms, video
+from datasets import decoding, transforms
 from datasets.build import EpochSampler, _worker_settings, build_pretraining_loader
+from datasets.lists import read_list
+from datasets.video import clip_indices
 from tools import resize_videos
 
 
@@ -72,7 +74,7 @@ class Classic(Dataset):
     """What VideoMAE's loader does for one clip: (index, seed) -> float32 [3, T, S, S], normalised."""
 
     def __init__(self, args):
-        self.args, (self.paths, _) = args, video.read_list(args.data_path)
+        self.args, (self.paths, _) = args, read_list(args.data_path)
 
     def __len__(self):
         return len(self.paths)
@@ -82,7 +84,7 @@ class Classic(Dataset):
 
         index, args, rng = item[0], self.args, random.Random(item[1])
         reader = decord.VideoReader(self.paths[index], num_threads=1)
-        frames = reader.get_batch(video.clip_indices(len(reader), args.num_frames, args.sampling_rate, rng)).asnumpy()
+        frames = reader.get_batch(clip_indices(len(reader), args.num_frames, args.sampling_rate, rng)).asnumpy()
         images = [Image.fromarray(frame) for frame in frames]
         top, left, h, w = transforms.multi_scale_crop_box(*frames.shape[1:3], args.input_size, rng)
         size = (args.input_size, args.input_size)
@@ -101,7 +103,7 @@ def make_loader(files, flags, num_workers, num_sample=1, classic=False):
         num_workers=num_workers, pin_mem=True, device="cuda" if torch.cuda.is_available() else "cpu", seed=0,
         max_short_side=flags.max_short_side,
     )  # fmt: skip
-    paths, count = video.read_list(files)[0], flags.clips // num_sample
+    paths, count = read_list(files)[0], flags.clips // num_sample
     Path(args.data_path).write_text("".join(f"{path} 0\n" for path in (paths * count)[:count]))
     if not classic:
         return build_pretraining_loader(args)
@@ -123,7 +125,7 @@ def one_epoch(loader):
 
 def shares(make):
     """Milliseconds of a clip of ours in one process, by timing the parts where they are called; the last is the sum."""
-    parts = [(video, "open_video"), (video.VideoReader, "read"), (transforms, "resize")]
+    parts = [(decoding, "open_video"), (decoding.VideoReader, "read"), (transforms, "resize")]
     spent = dict.fromkeys(parts, 0.0)
 
     def timed(part):
@@ -158,7 +160,7 @@ def main():
     parser.add_argument("--size", default=224, type=int, help="height and width of a clip; of made files too (224)")
     parser.add_argument("--files", default=5, type=int, help="made files (5)")
     parser.add_argument("--frames", default=300, type=int, help="of a made file (300)")
-    parser.add_argument("--decoder", default="auto", choices=["auto", *video.DECODERS], help="of ours (auto)")
+    parser.add_argument("--decoder", default="auto", choices=["auto", *decoding.DECODERS], help="of ours (auto)")
     parser.add_argument("--max_short_side", default=0, type=int, help="of ours; 0: native (0)")
     flags = parser.parse_args()
     torch.set_num_threads(1)
@@ -169,7 +171,7 @@ def main():
 def compare(flags, folder):
     """Makes the files and prints the tables."""
     if flags.videos:
-        paths = video.read_list(flags.videos)[0]
+        paths = read_list(flags.videos)[0]
     else:
         paths = [str(folder / f"{number}.mp4") for number in range(flags.files)]
         for seed, path in enumerate(paths):

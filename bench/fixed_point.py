@@ -23,8 +23,8 @@ from scipy.special import lambertw
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from datasets.lists import read_list
 from datasets.transforms import normalize
-from datasets.video import read_list
 from engine_for_pretraining import PretrainRecipe, masked_error
 from masking_generator import motion_energy
 from run_mae_vis import Trained, read_clip

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from datasets.lists import ListError
 from datasets.transforms import (
     FinetuneTransform,
     PretrainTransform,
@@ -16,7 +17,7 @@ from datasets.transforms import (
     mean_and_std,
     spatial_crops,
 )
-from datasets.video import EvalVideoDataset, ListError, TrainVideoDataset, collate, collate_views
+from datasets.video import EvalVideoDataset, TrainVideoDataset, collate, collate_views
 
 LOADER_TIMEOUT = 1800  # seconds without a batch after which a loader process, or the disk, counts as hanging
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import video
+from datasets import decoding
 from datasets.build import EpochSampler, build_pretraining_loader
+from datasets.decoding import VideoError, open_video, read_frames
+from datasets.lists import ListError, read_list
 from datasets.moving_shapes import write_dataset, write_video
 from datasets.transforms import (
     HALF_MEAN,
@@ -25,19 +27,11 @@ from datasets.transforms import (
     random_resized_crop_box,
     resize,
 )
-from datasets.video import (
-    ListError,
-    TrainVideoDataset,
-    VideoError,
-    clip_indices,
-    collate,
-    open_video,
-    read_frames,
-    read_list,
-)
+from datasets.video import TrainVideoDataset, clip_indices, collate
 
 av = pytest.importorskip("av")
-BACK_ENDS = ["pyav", pytest.param("decord", marks=pytest.mark.skipif(not video._imports("decord"), reason="no decord"))]
+NO_DECORD = pytest.mark.skipif(not decoding._imports("decord"), reason="no decord")
+BACK_ENDS = ["pyav", pytest.param("decord", marks=NO_DECORD)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -140,7 +134,7 @@ def test_header_that_claims_a_frame_too_many(real_clips, decoder):
                 assert claimed == len(frames)
                 assert np.array_equal(got[0], frames[-1]) and np.array_equal(got[1], frames[-1])
                 with pytest.raises(VideoError, match="truncated or damaged"):
-                    reader.read([len(reader) + video.MAX_SHORTFALL])
+                    reader.read([len(reader) + decoding.MAX_SHORTFALL])
 
 
 @pytest.mark.parametrize("decoder", BACK_ENDS)
@@ -251,25 +245,25 @@ def test_reader_rejects_bad_indices(shapes):
 
 
 def test_decoder_choice(monkeypatch):
-    monkeypatch.setattr(video, "_imports", lambda package: True)
-    assert video.decoders_for("a.MP4") == video.decoders_for("a.avi") == ["pyav", "decord"]
-    assert video.decoders_for("a.mp4", "pyav") == ["pyav"] and video.decoders_for("a.avi", "decord") == ["decord"]
+    monkeypatch.setattr(decoding, "_imports", lambda package: True)
+    assert decoding.decoders_for("a.MP4") == decoding.decoders_for("a.avi") == ["pyav", "decord"]
+    assert decoding.decoders_for("a.mp4", "pyav") == ["pyav"] and decoding.decoders_for("a.avi", "decord") == ["decord"]
     with pytest.raises(ValueError, match="'cv3'.*auto, decord, pyav"):
-        video.decoders_for("a.mp4", "cv3")
+        decoding.decoders_for("a.mp4", "cv3")
     monkeypatch.undo()
-    video._imports.cache_clear()
+    decoding._imports.cache_clear()
     monkeypatch.setitem(sys.modules, "decord", None)  # import raises ImportError
-    assert video.decoders_for("a.mp4") == ["pyav"]
+    assert decoding.decoders_for("a.mp4") == ["pyav"]
     with pytest.raises(ImportError, match="pip install decord"):
-        video.decoders_for("a.mp4", "decord")
+        decoding.decoders_for("a.mp4", "decord")
     monkeypatch.setitem(sys.modules, "av", None)
-    video._imports.cache_clear()
+    decoding._imports.cache_clear()
     with pytest.raises(ImportError, match="pip install decord or av|pip install av or decord"):
-        video.decoders_for("a.mp4")
-    video._imports.cache_clear()
+        decoding.decoders_for("a.mp4")
+    decoding._imports.cache_clear()
 
 
-@pytest.mark.skipif(not video._imports("decord"), reason="no decord")
+@pytest.mark.skipif(not decoding._imports("decord"), reason="no decord")
 def test_auto_reads_with_the_other_decoder_what_the_first_refuses(shapes, tmp_path, monkeypatch):
     """The reason reported is the first back end's. decord cannot copy frames of 48 pixels' width."""
     path = str(shapes / "videos/val_00000.mp4")
@@ -283,7 +277,7 @@ def test_auto_reads_with_the_other_decoder_what_the_first_refuses(shapes, tmp_pa
     def refuse(self, *args):
         raise VideoError(self.path, "PyAV will not")
 
-    monkeypatch.setattr(video.PyAVReader, "read", refuse)
+    monkeypatch.setattr(decoding.PyAVReader, "read", refuse)
     assert torch.equal(frames, read_frames(path, lambda length: [length - 1, 0]))
     with pytest.raises(VideoError, match="narrow.mp4: PyAV will not"):
         read_frames(narrow, lambda length: [0])

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import video
+from datasets import decoding
+from datasets.decoding import VideoError, open_video, read_frames, scaled_size
 from datasets.transforms import PretrainTransform
-from datasets.video import TrainVideoDataset, VideoError, clip_indices, open_video, read_frames, scaled_size
+from datasets.video import TrainVideoDataset, clip_indices
 from tests.test_datasets import BACK_ENDS, hide_frames, loader_args, one_thread, real_clips, whole_video  # noqa: F401
 
 av = pytest.importorskip("av")
@@ -200,7 +201,7 @@ def test_only_what_is_needed_is_decoded(encoded, name):
 def test_what_comes_out_is_checked(encoded, name, monkeypatch):
     """A start that is none, as where a container marks the wrong frames: the frames are decoded from the beginning."""
     path, frames = given(encoded, name)
-    runs, calls = video.PyAVReader.runs, []
+    runs, calls = decoding.PyAVReader.runs, []
     with open_video(path, "pyav") as reader:
         decode = reader.decode
         monkeypatch.setattr(reader, "decode", lambda *args: calls.append(args) or decode(*args))
@@ -235,7 +236,7 @@ def test_times_that_do_not_tell_the_frames_apart(encoded, time):
 
 def test_large_files_are_not_kept_in_memory(encoded, monkeypatch):
     path, frames = encoded["pyramid.mp4"]
-    monkeypatch.setattr(video.PyAVReader, "max_kept", 1000)
+    monkeypatch.setattr(decoding.PyAVReader, "max_kept", 1000)
     with open_video(path, "pyav") as reader:
         assert len(reader) == FRAMES and reader.packets == [] and reader.survey is None
         assert np.array_equal(reader.read([7, 80]).numpy(), frames[[7, 80]])
@@ -261,11 +262,13 @@ def test_kinds_of_mpeg4_pictures(encoded, name):
     with av.open(path) as container:
         kinds = {frame.pts: kind_of(frame) for frame in container.decode(video=0)}
     with open_video(path, "pyav") as reader:
-        assert {packet.pts: video._vop_kind(packet) for packet in reader.packets} == kinds
+        assert {packet.pts: decoding._vop_kind(packet) for packet in reader.packets} == kinds
         data = bytes(reader.packets[1])
-    assert video._vop_kind(data) == "P"
-    assert video._vop_kind(data + data) is None  # packed: a B-frame behind another
-    assert video._vop_kind(data[:7]) is None and video._vop_kind(b"\x7f") is None  # not coded; HMDB51's placeholder
+    assert decoding._vop_kind(data) == "P"
+    assert decoding._vop_kind(data + data) is None  # packed: a B-frame behind another
+    assert (
+        decoding._vop_kind(data[:7]) is None and decoding._vop_kind(b"\x7f") is None
+    )  # not coded; HMDB51's placeholder
 
 
 def test_mpeg4_pictures_that_are_not_coded(encoded, tmp_path):
@@ -367,7 +370,7 @@ def test_scaled_frames_where_there_is_no_survey(large, tmp_path, monkeypatch):
     fast = read_frames(path, lambda length: [3, 9], "pyav", 80)
     with open_video(path, "pyav") as reader:  # by the decoder, not afterwards
         assert reader.fetch([3, 9], 80)[9].shape == reader.decode([3, 9], 80)[9].shape == (80, 144, 3)
-    monkeypatch.setattr(video.PyAVReader, "max_kept", 0)
+    monkeypatch.setattr(decoding.PyAVReader, "max_kept", 0)
     assert torch.equal(read_frames(path, lambda length: [3, 9], "pyav", 80), fast)
 
 
@@ -390,7 +393,7 @@ def test_loader_hands_scaled_frames_to_the_transform(large, tmp_path, monkeypatc
 # ------------------------------------------------------------------------------------------------------------- bench
 
 
-@pytest.mark.skipif(not video._imports("decord"), reason="the reference needs decord")
+@pytest.mark.skipif(not decoding._imports("decord"), reason="the reference needs decord")
 def test_bench_of_loading():
     command = "bench/data.py --size 64 --files 2 --frames 40 --rounds 1 --workers 0 --clips 8"
     result = subprocess.run(

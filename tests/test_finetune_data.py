@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
-from datasets import transforms, video
+from datasets import decoding, transforms
 from datasets.build import DATA_SETS, build_evaluation_loader, build_finetuning_loader, find_list
+from datasets.lists import ListError, read_list
 from datasets.moving_shapes import write_video
 from datasets.transforms import (
     HALF_MEAN,
@@ -29,15 +30,7 @@ from datasets.transforms import (
     random_resized_crop_box,
     spatial_crops,
 )
-from datasets.video import (
-    EvalVideoDataset,
-    ListError,
-    TrainVideoDataset,
-    clip_indices,
-    collate_views,
-    read_list,
-    view_indices,
-)
+from datasets.video import EvalVideoDataset, TrainVideoDataset, clip_indices, collate_views, view_indices
 
 av = pytest.importorskip("av")
 torch.set_num_threads(1)
@@ -589,8 +582,8 @@ def two_crops(frames):
 
 @pytest.mark.parametrize("num_views, segments", [(1, 1), (5, 1), (2, 4), (3, 2)])
 def test_views_equal_a_separate_decode_of_each(videos, monkeypatch, num_views, segments):
-    opened, open_video = [], video.open_video
-    monkeypatch.setattr(video, "open_video", lambda path, name: opened.append(path) or open_video(path, name))
+    opened, open_video = [], decoding.open_video
+    monkeypatch.setattr(decoding, "open_video", lambda path, name: opened.append(path) or open_video(path, name))
     dataset = EvalVideoDataset(videos / "list.csv", 4, 3, two_crops, num_views, segments)
     assert len(dataset) == 7 and dataset.labels == list(range(7))
     for index, length in enumerate(LENGTHS):

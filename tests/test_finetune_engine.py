@@ -17,7 +17,7 @@ from torch import nn
 
 import engine_for_finetuning as engine
 from backend import Backend
-from datasets.video import VideoError
+from datasets.decoding import VideoError
 from engine_for_finetuning import FeatureLoader, FinetuneRecipe, Scores, StoredViews
 from modeling_finetune import Probe, VisionTransformer
 from optim_factory import parameter_groups

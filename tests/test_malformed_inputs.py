@@ -38,9 +38,11 @@ from checkpoint import (
     load_weights,
     model_weights,
 )
+from datasets.decoding import VideoError, read_frames
+from datasets.lists import ListError, read_list
 from datasets.moving_shapes import render_clip, write_dataset, write_video
 from datasets.transforms import spatial_crops
-from datasets.video import EvalVideoDataset, ListError, TrainVideoDataset, VideoError, read_frames, read_list
+from datasets.video import EvalVideoDataset, TrainVideoDataset
 from tools import check_videos, make_lists, make_subset, resize_videos
 from tools.common import in_processes
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from datasets import moving_shapes
+from datasets.decoding import open_video
+from datasets.lists import read_list
 from datasets.moving_shapes import KINDS, OUTLINES, draw_shape, path_of, render_clip, write_dataset
-from datasets.video import open_video, read_list
 
 pytest.importorskip("av")
 SIZE, FRAMES = 48, 16

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from datasets.decoding import VideoError, open_video
+from datasets.lists import read_list
 from datasets.moving_shapes import write_video
-from datasets.video import VideoError, open_video, read_list
 from tools import check_videos, make_lists, make_subset, resize_videos
 from tools.common import in_processes, run_all, write_list
 from utils import UsageError

@@ -25,7 +25,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from datasets.video import DECODERS, MAX_SHORTFALL, DecordReader, VideoError, decoders_for, open_video, read_list
+from datasets.decoding import DECODERS, MAX_SHORTFALL, DecordReader, VideoError, decoders_for, open_video
+from datasets.lists import read_list
 from tools.common import Formatter, run_all, run_tool, write_list, write_text
 from utils import UsageError
 

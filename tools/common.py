@@ -12,7 +12,8 @@ from collections import deque
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from datasets.video import ListError, VideoError, excerpt, split_line
+from datasets.decoding import VideoError
+from datasets.lists import ListError, excerpt, split_line
 from utils import UsageError, format_time
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
@@ -62,7 +63,7 @@ def write_text(path, text):
 
 
 def write_list(list_path, paths, labels):
-    """Writes a list that datasets.video.read_list reads back as it is given here.
+    """Writes a list that datasets.lists.read_list reads back as it is given here.
 
     A video in or below the list's folder is written relative to it, so that both can be moved together; any other keeps
     its path, which must be absolute. Raises: UsageError where there is nothing to list or a name cannot be written.

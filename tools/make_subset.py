@@ -21,7 +21,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from datasets.video import read_list
+from datasets.lists import read_list
 from tools.common import Formatter, run_tool, write_list
 from utils import UsageError
 

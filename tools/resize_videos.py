@@ -27,7 +27,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from datasets.video import MAX_SHORTFALL, VideoError, decoders_for, open_video, read_list
+from datasets.decoding import MAX_SHORTFALL, VideoError, decoders_for, open_video
+from datasets.lists import read_list
 from tools.common import Formatter, find_videos, replacing, run_all, run_tool, write_list, write_text
 from utils import UsageError
 
