@@ -1,12 +1,16 @@
 # make demo | compare | test | lint | bench | clean
 # Without an active environment each target makes .venv once and installs requirements.txt into it.
 # An active virtual or conda environment is used as it is; PYTHON=/path/to/python overrides both.
+# VENV=.venv-3.13 BASE_PYTHON=python3.13 make a second environment beside it, of another Python.
+# TESTS="tests/test_ppo.py" runs some of the tests.
+VENV ?= .venv
+BASE_PYTHON ?= python3
 ifdef PYTHON
 else ifneq ($(VIRTUAL_ENV)$(CONDA_PREFIX),)
 PYTHON := python
 else
-PYTHON := .venv/bin/python
-SETUP := .venv/.installed
+PYTHON := $(VENV)/bin/python
+SETUP := $(VENV)/.installed
 endif
 
 .PHONY: demo compare test lint bench clean
@@ -18,7 +22,7 @@ compare: $(SETUP)
 	PYTHON=$(PYTHON) bash scripts/compare/embedded.sh
 
 test: $(SETUP)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(TESTS)
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
@@ -31,10 +35,12 @@ bench: $(SETUP)
 
 clean:
 	rm -rf output .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-.venv/.installed: requirements.txt
-	python3 -m venv .venv
-	.venv/bin/pip install --quiet --upgrade pip setuptools wheel
-	.venv/bin/pip install --quiet -r requirements.txt
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@$(BASE_PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 15) else \
+	    "error: Python %d.%d: this needs 3.11 to 3.14; name one as BASE_PYTHON=python3.12" % v)'
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
+	$(VENV)/bin/pip install --quiet -r requirements.txt
 	touch $@
