@@ -1,9 +1,13 @@
 """Reading frames of a video with PyAV or decord; nothing else in training decodes."""
 
 import bisect
+import contextlib
 import functools
+import importlib.metadata
+import itertools
 import os
 import re
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +27,16 @@ class VideoError(RuntimeError):
         super().__init__(path if reason is None else f"{path}: {reason}")
 
 
+class CannotOpen(VideoError):
+    """The back end cannot open the file at all: another one may."""
+
+
 class VideoReader:
     """An open video: a context manager with a length and `read`. A back end gives __init__, __len__, close and decode,
     and `fetch` where it has a faster way to the same frames.
 
+    len(video) is what a clip may be drawn from. Decoding may find another number of frames than the file claims: then
+    len(video) changes, to the number that was decoded, and stays.
     decode(wanted: ascending distinct indices) -> {index: uint8 [H, W, 3]}; where the video ends before the last wanted
     index, the frames found and the last decodable one under its own index.
     """
@@ -41,31 +51,69 @@ class VideoReader:
         """As decode; may return frames already scaled to max_short_side."""
         return self.decode(wanted)
 
+    def read_chosen(self, choose, max_short_side=None):
+        """read(choose(len(self))), chosen again where decoding changes the length. Raises VideoError."""
+        for _ in range(2):
+            length = len(self)
+            indices = choose(length)
+            with foreseen(self.path, self.package):
+                frames = self.fetch(sorted(set(indices)), max_short_side)
+            if len(self) == length:
+                break
+        return self._arrange(indices, frames, max_short_side)
+
     def read(self, indices, max_short_side=None):
         """Decodes frames.
 
         Args: indices, a sequence of int in any order, repeats allowed; max_short_side in pixels: larger frames are
         scaled down to it, to even sides (see scaled_size).
-        Returns: uint8 [len(indices), H, W, 3], RGB. An index up to 2 past the last decodable frame gives that frame.
+        Returns: uint8 [len(indices), H, W, 3], RGB. Where the frame size changes within the clip, all frames are scaled
+        to the size of the first. An index up to 2 past the last decodable frame gives that frame.
         Raises: VideoError where the video cannot be decoded that far.
         """
         if len(indices) == 0 or min(indices) < 0:
             raise ValueError(f"frame indices must be at least one, none negative: {list(indices)}")
-        frames = self.fetch(sorted(set(indices)), max_short_side)
+        with foreseen(self.path, self.package):
+            frames = self.fetch(sorted(set(indices)), max_short_side)
+        return self._arrange(indices, frames, max_short_side)
+
+    def _arrange(self, indices, frames, max_short_side):
         if not frames:
             raise VideoError(self.path, "no frame can be decoded")
         last = max(frames)
         if max(indices) > last + MAX_SHORTFALL:
             reason = f"truncated or damaged: frame {max(indices)} wanted, the last decodable one is {last}"
             raise VideoError(self.path, reason)
-        if len({frame.shape for frame in frames.values()}) > 1:
-            raise VideoError(self.path, "the frame size changes within the video")
-        clip = torch.from_numpy(np.stack([frames[min(i, last)] for i in indices]))
-        size = scaled_size(*clip.shape[1:3], max_short_side)
-        if size == clip.shape[1:3]:  # PyAV has scaled already
-            return clip
-        clip = clip.permute(0, 3, 1, 2)
-        return torch.nn.functional.interpolate(clip, size, mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+        for frame in frames.values():
+            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
+                kind = f"{frame.dtype} {list(frame.shape)}"
+                raise VideoError(self.path, f"{self.package} gave a frame of {kind}, not uint8 [H, W, 3]")
+        clip = [torch.from_numpy(np.ascontiguousarray(frames[min(i, last)])) for i in indices]
+        size = scaled_size(*clip[0].shape[:2], max_short_side)
+        if any(frame.shape[:2] != size for frame in clip):  # else PyAV has scaled already, or nothing is to be
+            clip = [_resized(frame, size) for frame in clip]
+        return torch.stack(clip)
+
+
+def _resized(frame, size):
+    """uint8 [H, W, 3] -> uint8 [*size, 3]."""
+    if frame.shape[:2] == size:
+        return frame
+    frame = frame.permute(2, 0, 1).unsqueeze(0)
+    frame = torch.nn.functional.interpolate(frame, size, mode="bicubic", antialias=True)
+    return frame.squeeze(0).permute(1, 2, 0)
+
+
+@contextlib.contextmanager
+def foreseen(path, package):
+    """Makes a VideoError of whatever a back end raises that nobody thought of, with the package and its version."""
+    try:
+        yield
+    except (VideoError, MemoryError):
+        raise
+    except Exception as error:
+        version = importlib.metadata.version(package)
+        raise VideoError(path, f"{package} {version} failed ({type(error).__name__}: {_brief(error)})") from error
 
 
 def scaled_size(height, width, max_short_side):
@@ -77,7 +125,11 @@ def scaled_size(height, width, max_short_side):
 
 
 class DecordReader(VideoReader):
-    """decord: seeks to key frames. One thread, since more fail on VP9 of 427 x 240 (Something-Something V2)."""
+    """decord: seeks to key frames. One thread, since more fail on VP9 of 427 x 240 (Something-Something V2).
+
+    Its FFmpeg is old. Where PyAV is installed, the length is PyAV's, so that both draw the same clips, and what decord
+    is known to read wrongly is refused.
+    """
 
     package = "decord"
     # Containers in which decord seeks exactly, for the usual codecs (H.264, VP9). In AVI with B-frames (HMDB51) its
@@ -88,20 +140,30 @@ class DecordReader(VideoReader):
         import decord
 
         self.path = path
-        self.errors = (RuntimeError, IndexError, StopIteration, decord.DECORDError)  # DECORDError is no RuntimeError
+        self.known_errors = (RuntimeError, IndexError, StopIteration, decord.DECORDError)  # the last is no RuntimeError
+        self.length, checked = None, None
+        if _imports("av"):
+            with contextlib.suppress(CannotOpen):  # then decord is asked without
+                checked = PyAVReader(path)
+        if checked is not None:
+            with checked:
+                wrong = checked.unfit_for_decord()
+                self.length = len(checked)
+            if wrong:
+                raise VideoError(path, f"decord {wrong}: use --decoder pyav, or auto")
         try:
             self.video = decord.VideoReader(path, num_threads=1)
-        except self.errors as error:
-            raise VideoError(path, f"decord cannot open it ({_brief(error)})") from error
+        except self.known_errors as error:
+            raise CannotOpen(path, f"decord cannot open it ({_brief(error)})") from error
 
     def __len__(self):
-        return len(self.video)
+        return len(self.video) if self.length is None else self.length
 
     def close(self):
         self.video = None
 
     def decode(self, wanted):
-        last = len(self) - 1  # decord repeats the last decodable frame up to its len()
+        last = len(self) - 1  # decord repeats the last decodable frame up to its own length
         wanted = sorted({min(i, last) for i in wanted})
         try:
             if self.path.lower().endswith(self.seekable):
@@ -113,63 +175,132 @@ class DecordReader(VideoReader):
                 if index in wanted:
                     frames[index] = frame.asnumpy()
             return frames
-        except self.errors as error:
+        except self.known_errors as error:
             raise VideoError(self.path, f"decord cannot decode it ({_brief(error)})") from error
+
+
+class Timeline(NamedTuple):
+    """What the packets of a video say of its frames, where that can be relied on."""
+
+    times: list[int]  # pts of the frames, in the order shown
+    order: list[int]  # pts of the packets, in the order of the file
+    hidden: set[int]  # pts of the packets that show nothing
+    starts: list[int]  # places in `order` at which decoding may start
+    reordered: bool  # whether packets are decoded in another order than shown
 
 
 class PyAVReader(VideoReader):
     """PyAV (FFmpeg), one thread, exact whatever the codec.
 
-    `decode` goes from the start to the last frame wanted and counts. `fetch` gives the same frames by their times: it
-    starts at key frames, and the codec skips what is neither wanted nor referred to. It does so where the packets tell
-    which frame is which (`survey`) and what comes out is what they said; everywhere else it leaves it to `decode`.
+    Which frame is which is decided in one of two ways. Where every packet has a time of its own and is one picture
+    (`_survey`), frames are found by their times: `fetch` starts at key frames, and the codec skips what is neither
+    wanted nor referred to. Everywhere else, and where what comes out is not what the packets said, the frames are
+    counted: all are decoded once, a damaged packet is left out as players do, and frame i is the i-th that came out.
     """
 
     package = "av"
-    max_kept = 1 << 28  # bytes; the packets of larger files are not kept in memory
+    max_kept = 1 << 28  # bytes; the packets of larger files are not kept in memory but read again
 
     def __init__(self, path):
         import av
 
         self.path, self.av = path, av
+        self.errors = 0  # damaged packets, known once all was decoded
+        self.length = None
         try:
-            self.container = self.open()
-            self.stream = self.container.streams.video[0]
-            if self.stream.codec_context is None:
-                raise VideoError(path, "PyAV cannot open it (no decoder for its codec)")
-            self.stream.thread_count = 1
-            keep = os.path.getsize(path) <= self.max_kept
-            self.packets, self.length = [], 0
-            # the packets are counted; the header's count is none in webm and a wrong one in a cut file
-            for packet in self.container.demux(self.stream):
-                if packet.size > 0:
-                    self.length += not packet.is_discard
-                    if keep:
-                        self.packets.append(packet)
-        except IndexError as error:
-            raise VideoError(path, "PyAV cannot open it (no video stream)") from error
+            self.container, self.stream = self.open()
+            self.keep = os.path.getsize(path) <= self.max_kept
+            self.packets, self.timeline = self._survey()
         except (av.FFmpegError, OSError) as error:
-            raise VideoError(path, f"PyAV cannot open it ({_brief(error)})") from error
+            raise CannotOpen(path, f"PyAV cannot open it ({_brief(error)})") from error
+        if self.timeline is not None:
+            self.length = len(self.timeline.times)
 
     def open(self):
-        return self.av.open(self.path, metadata_errors="ignore")  # some HMDB51 files hold text that is not UTF-8
+        """(container, its video stream). Raises FFmpegError, OSError, VideoError."""
+        container = open_container(self.path)
+        try:
+            return container, self._video_stream(container)
+        except VideoError:
+            container.close()
+            raise
+
+    def _video_stream(self, container):
+        """The stream that players show: no cover picture, no thumbnails."""
+        streams = [s for s in container.streams.video if not int(s.disposition) & COVER]
+        if not streams and (container.streams.audio or container.streams.video):
+            raise VideoError(self.path, "no video (sound, or a cover picture, alone)")
+        if not streams:
+            raise CannotOpen(self.path, "PyAV cannot open it (there is no video in it)")
+        usable = [s for s in streams if s.codec_context is not None]
+        if not usable:
+            raise CannotOpen(self.path, "PyAV cannot open it (no decoder for its codec)")
+        best = container.streams.best("video")
+        stream = next((s for s in usable if best is not None and s.index == best.index), usable[0])
+        stream.thread_count = 1
+        return stream
 
     def open_again(self):
         """A second container. Raises VideoError: the file may have gone since the first, or be another."""
         try:
-            container = self.open()
+            return self.open()
         except (self.av.FFmpegError, OSError) as error:
             raise VideoError(self.path, f"PyAV cannot open it again ({_brief(error)})") from error
-        if container.streams.video and container.streams.video[0].codec_context is not None:
-            return container
-        container.close()
-        raise VideoError(self.path, "was replaced by another file while it was read")
 
     def __len__(self):
+        if self.length is None:
+            self.length, self.errors = self._count()
         return self.length
 
     def close(self):
         self.container.close()
+
+    def unfit_for_decord(self):
+        """What decord 0.6.0 does wrong with this file, or None."""
+        if self.container.format.name == "mpegts":
+            return "starts at the second key frame of a transport stream"
+        if self.stream.codec_context.field_order not in (0, 1):
+            return "miscounts interlaced video"
+        frame = next(self.shown(), None)
+        if frame is not None and np.linalg.det(display_matrix(frame)) < 0:
+            return "shows mirrored video upside down"
+        return None
+
+    def shown(self):
+        """Yields all frames from the start, in the order shown. A packet that cannot be decoded is left out, as players
+        do, and counted in `errors`."""
+        self.errors = 0
+        container, stream = self.open_again()
+        with container:
+            packets = container.demux(stream)
+            while True:
+                try:
+                    packet = next(packets, None)
+                except (self.av.FFmpegError, OSError):  # the file cannot be read further
+                    self.errors += 1
+                    packet = None
+                try:
+                    yield from stream.codec_context.decode(packet)
+                except EOFError:  # the codec was emptied already
+                    return
+                except self.av.FFmpegError:
+                    self.errors += 1
+                if packet is None:
+                    return
+
+    def _count(self):
+        """(frames, damaged packets) of the whole file, decoded once a process and version of the file."""
+        key = self._identity()
+        if key not in _COUNTED:
+            count = sum(1 for _ in self.shown())
+            if len(_COUNTED) >= 1_000_000:  # bounds the memory of a process that reads many millions of files
+                _COUNTED.clear()
+            _COUNTED[key] = count, self.errors
+        return _COUNTED[key]
+
+    def _identity(self):
+        status = os.stat(self.path)
+        return self.path, status.st_size, status.st_mtime_ns
 
     def converter(self, max_short_side):
         """A function: frame -> uint8 [H, W, 3], RGB, upright, scaled down to max_short_side (None: as it is)."""
@@ -178,99 +309,243 @@ class PyAVReader(VideoReader):
 
         def rgb(frame):
             height, width = scaled_size(frame.height, frame.width, max_short_side)
-            turns = frame.rotation // 90  # upright, as players show it (phones) and decord gives it
+            matrix = display_matrix(frame)
             if (height, width) != (frame.height, frame.width):  # before the conversion: both at once take longer
                 frame = shrink(frame, width, height, interpolation="AREA", threads=1)
-            return np.rot90(convert(frame, format="rgb24", threads=1).to_ndarray(), turns)
+            return upright(convert(frame, format="rgb24", threads=1).to_ndarray(), matrix)
 
         return rgb
 
     def decode(self, wanted, max_short_side=None):
         remaining, frames, index, frame = set(wanted), {}, -1, None
         rgb = self.converter(max_short_side)
-        with self.open_again() as container:
-            stream = container.streams.video[0]
-            stream.thread_count = 1
-            try:
-                for index, frame in enumerate(container.decode(stream)):
-                    if index in remaining:
-                        frames[index] = rgb(frame)
-                        remaining.discard(index)
-                        if not remaining:
-                            break
-            except self.av.FFmpegError:
-                pass  # damaged from here on: what was decoded counts, `read` decides whether it is enough
-            if remaining and frame is not None:
+        for index, frame in enumerate(self.shown()):
+            if index in remaining:
                 frames[index] = rgb(frame)
+                remaining.discard(index)
+                if not remaining:
+                    break
+        else:
+            self.length = index + 1  # the end was seen
+        if remaining and frame is not None:
+            frames[index] = rgb(frame)
         return frames
 
     def fetch(self, wanted, max_short_side=None):
-        if self.survey is None:
-            return self.decode(wanted, max_short_side)
-        times, starts, skip = self.survey
+        if self.timeline is not None:
+            try:
+                frames = self._by_time(self.timeline, wanted, max_short_side)
+            except (self.av.FFmpegError, OSError):
+                frames = None
+            if frames is not None:
+                return frames
+            self.timeline = self.length = None  # what came out is not what the packets said
+        return self.decode(wanted, max_short_side)
+
+    def _by_time(self, timeline, wanted, max_short_side):
+        """As decode, or None where other frames come out than the packets said."""
+        times = timeline.times
         goal = {times[i]: i for i in {min(i, len(times) - 1) for i in wanted}}
         rgb, frames, context = self.converter(max_short_side), {}, self.stream.codec_context
-        try:
-            for run in self.runs(goal, starts):
-                shown = []
-                context.flush_buffers()
-                for packet in (*run, None):  # None: out with what the codec holds back
-                    unwanted = packet is not None and packet.pts not in goal
-                    context.skip_frame = "NONREF" if skip and unwanted else "DEFAULT"
-                    for frame in context.decode(packet):
-                        shown.append(frame.pts)
-                        if frame.pts in goal:
-                            frames[goal[frame.pts]] = rgb(frame)
-                due = {packet.pts for packet in run if not packet.is_discard}
-                if skip:
-                    due &= goal.keys() | set(shown)
-                if shown != sorted(due):
-                    return self.decode(wanted, max_short_side)
-        except self.av.FFmpegError:
-            return self.decode(wanted, max_short_side)
-        return frames if len(frames) == len(goal) else self.decode(wanted, max_short_side)
+        for first, last in self._runs(timeline, goal):
+            shown, due = [], set()
+            context.flush_buffers()
+            for packet in itertools.chain(self._read_packets(timeline, first, last), [None]):
+                if packet is not None and not packet.is_discard and packet.pts not in timeline.hidden:
+                    due.add(packet.pts)
+                unwanted = packet is not None and packet.pts not in goal
+                context.skip_frame = "NONREF" if timeline.reordered and unwanted else "DEFAULT"
+                for frame in context.decode(packet):  # None: out with what the codec holds back
+                    if frame.is_corrupt:  # patched from what happened to be decoded before it
+                        return None
+                    shown.append(frame.pts)
+                    if frame.pts in goal:
+                        frames[goal[frame.pts]] = rgb(frame)
+            if timeline.reordered:  # else nothing was skipped, and all that is due is checked
+                due &= goal.keys() | set(shown)
+            if shown != sorted(due):
+                return None
+        return frames if len(frames) == len(goal) else None
 
-    def runs(self, goal, starts):
-        """The packets to decode for the times in goal: lists that begin at a start and end with a wanted frame."""
-        places, bounds = {packet.pts: i for i, packet in enumerate(self.packets)}, []
+    def _runs(self, timeline, goal):
+        """The packets to decode for the times in goal: [first, last] places, from a start to a wanted frame."""
+        order, starts = timeline.order, timeline.starts
+        places, bounds = {time: i for i, time in enumerate(order)}, []
         for time in sorted(goal):
             last = places[time]
             key = bisect.bisect_right(starts, last) - 1
-            while self.packets[starts[key]].pts > time:  # shown before the key frame it follows
+            while order[starts[key]] > time:  # shown before the key frame it follows
                 key -= 1
             if bounds and starts[key] <= bounds[-1][1]:
                 bounds[-1][1] = max(last, bounds[-1][1])
             else:
                 bounds.append([starts[key], last])
-        return [self.packets[first : last + 1] for first, last in bounds]
+        return bounds
 
-    @functools.cached_property
-    def survey(self):
-        """What the packets say, or None where it does not tell which frame is which.
+    def _read_packets(self, timeline, first, last):
+        """The packets with these places: from memory, or read again from the key frame on."""
+        if self.packets is not None:
+            yield from self.packets[first : last + 1]
+            return
+        self.container.seek(timeline.order[first], stream=self.stream)
+        place = None
+        for packet in self.container.demux(self.stream):
+            if packet.size == 0:
+                return
+            if place is None:
+                place = first if packet.pts == timeline.order[first] else None
+            if place is not None:
+                yield packet
+                if place == last:
+                    return
+                place += 1
 
-        Returns: times (pts) of the frames in the order shown; places of the packets at which decoding may start;
-        whether the codec is told to skip: without reordering nothing would be, and then all that is due is checked.
-        """
-        codec = self.stream.codec_context
-        times = [packet.pts for packet in self.packets]
-        if not times or None in times or len(set(times)) < len(times) or times[0] > min(times):
+    def _survey(self):
+        """(all packets or None where the file is large, Timeline or None where the packets do not tell)."""
+        key = self._identity()
+        if not self.keep and key in _SURVEYED:
+            return None, _SURVEYED[key]
+        packets, entries = [], []
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.size:
+                    entries.append(self._entry(packet))
+                    if self.keep:
+                        packets.append(packet)
+        except (self.av.FFmpegError, OSError):
+            if not entries:
+                raise
+            entries.append((None, None, False))  # the file cannot be read further
+        timeline = self._timeline(entries)
+        if self.keep:
+            return packets, timeline
+        while len(_SURVEYED) >= 16:  # some 10 MB for an hour of video
+            _SURVEYED.pop(next(iter(_SURVEYED)))
+        _SURVEYED[key] = timeline
+        return None, timeline
+
+    def _entry(self, packet):
+        """(pts, kind: see _picture, whether an edit list hides it) of a packet."""
+        kind = None if packet.is_corrupt else _picture(packet, self.stream.codec_context)
+        return packet.pts, kind, packet.is_discard
+
+    def _timeline(self, entries):
+        """What the packets say, or None. They tell where each is one whole picture with a time of its own, and decoding
+        can start at the first. Interlaced video may have two packets a frame; a file that was cut between key frames
+        begins with packets that show nothing."""
+        codec, order = self.stream.codec_context, [time for time, _, _ in entries]
+        kinds = [kind for _, kind, _ in entries]
+        if not order or None in order or None in kinds or len(set(order)) < len(order):
             return None
-        in_order = times == sorted(times)
-        if codec.has_b_frames and (in_order or self.container.format.name == "avi"):  # these are times of decoding
+        if (
+            codec.field_order not in (0, 1) or kinds[0] != "start" or order[0] > min(order)
+        ):  # 0: unknown, 1: progressive
             return None
-        if codec.name == "mpeg4":
-            kinds = [_vop_kind(packet) for packet in self.packets]
-            if None in kinds or in_order and "B" in kinds:
+        ascending = order == sorted(order)
+        if codec.has_b_frames and (ascending or self.container.format.name == "avi"):  # these are times of decoding
+            return None
+        if ascending and "B" in kinds:
+            return None
+        hidden = {time for time, kind, _ in entries if kind == "hidden"}
+        times = sorted(time for time, kind, discard in entries if kind != "hidden" and not discard)
+        starts = [place for place, kind in enumerate(kinds) if kind == "start"]
+        return Timeline(times, order, hidden, starts, not ascending) if times else None
+
+
+COVER = 1 << 10 | 1 << 11  # FFmpeg's dispositions attached_pic and timed_thumbnails
+# What one process has found out by reading a whole file; the same whenever it is found out.
+_COUNTED, _SURVEYED = {}, {}
+
+
+def damage(video, decoded):
+    """What is missing in a video whose frames were all decoded, in words, or None. video: a PyAVReader."""
+    claimed = video.stream.frames if "mp4" in video.container.format.name else 0  # where a header can be relied on
+    parts = [f"{video.errors} damaged packets left out"] if video.errors else []
+    if claimed > decoded + MAX_SHORTFALL:
+        parts.append(f"{decoded} of {claimed} frames")
+    return ", ".join(parts) or None
+
+
+def open_container(path):
+    """PyAV's container of a file. HMDB51 has text that is not UTF-8, which PyAV 19 ignores unasked."""
+    import av
+
+    options = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+    return av.open(path, **options)
+
+
+def display_matrix(frame):
+    """2 x 2 float: where the display matrix of a frame takes (column, row); the identity where there is none."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return np.eye(2)
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5] / 65536.0
+    return np.array([[a, c], [b, d]])
+
+
+def upright(image, matrix):
+    """Turns and mirrors [H, W, C] as players do: (column, row) goes to matrix @ (column, row), to right angles."""
+    (a, c), (b, d) = matrix
+    if abs(a) + abs(d) >= abs(b) + abs(c):  # columns stay columns
+        horizontal, vertical = a, d
+    else:
+        image, horizontal, vertical = image.swapaxes(0, 1), c, b
+    return image[:: -1 if vertical < 0 else 1, :: -1 if horizontal < 0 else 1]
+
+
+def _picture(packet, codec):
+    """What a packet is: "start" (a picture that refers to none before it, nor does what follows), "frame" (another
+    picture; of MPEG-4 its kind), "hidden" (decoded, not shown), or None where it is not one whole picture, or where
+    this cannot be told."""
+    name = codec.name
+    if name in ("h264", "hevc"):
+        unit = _first_slice(bytes(packet), codec.extradata, name)
+        if unit is None:
+            return None
+        return "start" if unit in {"h264": (5,), "hevc": (16, 17, 18, 19, 20)}[name] else "frame"
+    if name == "mpeg4":
+        kind = _vop_kind(packet)
+        return "start" if kind == "I" else kind
+    if name in ("mjpeg", "prores", "rawvideo"):
+        return "start"
+    if name in ("av1", "libdav1d"):
+        return "start" if packet.is_keyframe else "frame"
+    if name in ("vp8", "vp9"):
+        data = bytes(memoryview(packet)[:6])
+        if len(data) < 6:
+            return None
+        if name == "vp8":
+            if not data[0] & 1:
+                return "start" if data[3:] == b"\x9d\x01\x2a" else None
+            return "frame" if data[0] >> 4 & 1 else "hidden"
+        if data[0] >> 6 != 2:  # VP9's frame marker
+            return None
+        return "start" if packet.is_keyframe else "frame"
+    return None
+
+
+def _first_slice(data, extradata, name):
+    """Type of the first slice in an access unit of H.264 or HEVC, or None where the units are damaged or hold none."""
+    shift, mask, slices = (0, 31, range(1, 6)) if name == "h264" else (1, 63, range(32))
+    if extradata and extradata[0] == 1:  # avcC, hvcC (mp4, mkv): the size of each unit stands before it
+        width = (extradata[4 if name == "h264" else 21] & 3) + 1
+        at, found = 0, None
+        while at + width < len(data):
+            kind = data[at + width] >> shift & mask
+            if data[at + width] & 128:  # the forbidden bit
                 return None
-            starts = [i for i, kind in enumerate(kinds) if kind == "I"]
-        elif codec.name in ("h264", "vp9"):
-            keys = [i for i, packet in enumerate(self.packets) if packet.is_keyframe]
-            starts = [i for i in keys if codec.name == "vp9" or _is_idr(self.packets[i], codec.extradata)]
-        else:
-            return None
-        if starts[:1] != [0]:
-            return None
-        return sorted(packet.pts for packet in self.packets if not packet.is_discard), starts, not in_order
+            if found is None and kind in slices:
+                found = kind
+            size = int.from_bytes(data[at : at + width])
+            if size == 0:
+                return None
+            at += width + size
+        return found if at == len(data) else None
+    for start in re.finditer(b"\0\0\1(.)", data, re.DOTALL):
+        kind = start[1][0] >> shift & mask
+        if not start[1][0] & 128 and kind in slices:
+            return kind
+    return None
 
 
 def _vop_kind(packet):
@@ -278,21 +553,6 @@ def _vop_kind(packet):
     where it is too short to be a picture (a placeholder, after which the decoder shows nothing)."""
     _, _, picture = bytes(packet).partition(b"\0\0\1\xb6")
     return None if len(picture) < 12 or b"\0\0\1\xb6" in picture else "IPBS"[picture[0] >> 6]
-
-
-def _is_idr(packet, extradata):
-    """Whether an H.264 packet is an IDR picture: what follows it refers to nothing before it. In an open GOP the key
-    frame may be another."""
-    data = bytes(packet)
-    if extradata and extradata[0] == 1:  # avcC (mp4, mkv): the size of each unit stands before it
-        width = (extradata[4] & 3) + 1
-        units, at = [], 0
-        while at + width < len(data):
-            units.append(data[at + width] & 31)
-            at += width + int.from_bytes(data[at : at + width])
-    else:
-        units = [code[0] & 31 for code in re.findall(b"\0\0\1(.)", data, re.DOTALL)]
-    return 5 in units
 
 
 DECODERS = {"decord": DecordReader, "pyav": PyAVReader}
@@ -326,26 +586,35 @@ def decoders_for(path, decoder="auto"):
 
 def open_video(path, decoder="auto"):
     """Opens a video with one of DECODERS, or "auto", and returns its VideoReader. Raises VideoError; ImportError."""
+    if os.path.isdir(path):
+        raise VideoError(
+            path, "a folder, perhaps of frames: only video files are read; make one of the frames (ffmpeg)"
+        )
     if not os.path.isfile(path):
         raise VideoError(path, "no such file")
-    video = DECODERS[decoders_for(path, decoder)[0]](path)
-    if len(video) == 0:
-        video.close()
-        raise VideoError(path, "no frames")
+    reader = DECODERS[decoders_for(path, decoder)[0]]
+    with foreseen(path, reader.package):
+        video = reader(path)
+        if len(video) == 0:
+            video.close()
+            raise VideoError(path, "no frame can be decoded")
     return video
 
 
 def read_frames(path, choose, decoder="auto", max_short_side=None):
     """Opens a video, asks choose(number of frames) for indices, reads them and closes it: uint8 [n, H, W, 3].
 
-    "auto" tries the other back end where the first fails. max_short_side: see VideoReader.read.
+    Where decoding shows that there is another number of frames, it asks once more. "auto" tries the other back end
+    where the first cannot open the file. max_short_side: see VideoReader.read.
     Raises: VideoError with the first one's reason.
     """
-    errors = []
+    first = None
     for name in decoders_for(path, decoder):
         try:
             with open_video(path, name) as video:
-                return video.read(choose(len(video)), max_short_side)
+                return video.read_chosen(choose, max_short_side)
+        except CannotOpen as error:
+            first = first or error
         except VideoError as error:
-            errors.append(error)
-    raise errors[0]
+            raise first or error from None
+    raise first

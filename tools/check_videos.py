@@ -3,15 +3,15 @@
     python tools/check_videos.py --list lists/train.csv lists/val.csv --output checked --num_workers 16
 
 writes checked/train.clean.csv (a list: the videos that decode), checked/train.report.csv (one line a video: path,
-label, status, reason, frames, decoded, width, height, decoder), and the same for val. The exit status is 1 if any
-video is bad, so that a script can ask.
+label, status, reason, frames, decoded, errors, width, height, decoder), and the same for val. The exit status is 1 if
+any video is bad, so that a script can ask.
 
-A video is good if training can read all of it: it opens, its frames decode to the end, and the header claims at most
-two frames more than come out (HMDB51's files claim one; training repeats the last frame there). `frames` is what the
-file claims, `decoded` what came out; decord does not say and has the claim there. Where one decoder refused a video and
-the other read it, `reason` has the refusal of the first: the file may have lost its end, as a .webm or .avi file may
-without any sign. Each video is read in a process of its own, so a file that crashes the decoder or makes it hang is
-a bad video and not the end of the check.
+A video is ok if training reads clips from it. A damaged packet is left out, as players do, and counted in `errors`;
+`reason` then says what is missing, so that a strict user can sort by it. `frames` is the length that clips are drawn
+from, `decoded` the number of frames that came out of a whole pass. Where one decoder could not open a video and the
+other read it, `reason` has the refusal of the first. A file may have lost its end without any sign (.webm, .avi, .ts).
+Each video is read in a process of its own, so a file that crashes the decoder or makes it hang is a bad video and not
+the end of the check.
 """
 
 import argparse
@@ -20,53 +20,74 @@ import functools
 import io
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from datasets.decoding import DECODERS, MAX_SHORTFALL, DecordReader, VideoError, decoders_for, open_video
+from datasets.decoding import (
+    DECODERS,
+    CannotOpen,
+    PyAVReader,
+    VideoError,
+    damage,
+    decoders_for,
+    foreseen,
+    open_video,
+)
 from datasets.lists import read_list
 from tools.common import Formatter, run_all, run_tool, write_list, write_text
 from utils import UsageError
 
-COLUMNS = ("path", "label", "status", "reason", "frames", "decoded", "width", "height", "decoder")
-CHUNK = 16  # frames decoded at a time where a reader seeks: bounds the memory
+COLUMNS = ("path", "label", "status", "reason", "frames", "decoded", "errors", "width", "height", "decoder")
+CHUNK = 16  # frames that decord decodes at a time: bounds the memory
 
 
 def check_video(path, decoder):
-    """Decodes a video as training would, with the other back end where "auto" allows it and the first one fails.
+    """Decodes a whole video as training would, with the other back end where "auto" allows it and the first cannot open
+    the file.
 
-    Returns: dict(frames, decoded, width, height, decoder, reason = why the first back end failed, or None).
+    Returns: dict(frames = the length that clips are drawn from, decoded, errors = damaged packets left out, width,
+    height, decoder, reason = what is damaged, or why the first back end failed, or None).
     Raises: VideoError with the first back end's reason.
     """
     refusal = None
     for name in decoders_for(path, decoder):
         try:
-            with open_video(path, name) as video:
-                reason = refusal and str(refusal).removeprefix(f"{path}: ")
-                return dict(decode_all(video), decoder=name, reason=reason)
-        except VideoError as error:
+            with open_video(path, name) as video, foreseen(path, video.package):
+                found = decode_all(video)
+        except CannotOpen as error:
             refusal = refusal or error
+            continue
+        except VideoError as error:
+            raise refusal or error from None
+        reasons = [refusal and str(refusal).removeprefix(f"{path}: "), found.pop("damage")]
+        return dict(found, decoder=name, reason="; ".join(filter(None, reasons)) or None)
     raise refusal
 
 
 def decode_all(video):
-    claimed = len(video)
-    wanted = range(claimed)
-    if not (isinstance(video, DecordReader) and video.path.lower().endswith(DecordReader.seekable)):
-        wanted = (0, claimed - 1)  # a reader that does not seek decodes what is between, too, and need not keep it
-    sizes, last = set(), -1
-    for start in range(0, len(wanted), CHUNK):
-        frames = video.decode(wanted[start : start + CHUNK])
-        sizes |= {frame.shape[:2] for frame in frames.values()}
-        last = max(frames, default=last)
-    if last < 0 or claimed > last + 1 + MAX_SHORTFALL:
-        raise VideoError(video.path, f"truncated or damaged: {claimed} frames claimed, {last + 1} decoded")
+    """The entries of check_video that one back end can tell. Raises VideoError."""
+    frames = len(video)
+    if isinstance(video, PyAVReader):
+        sizes, decoded = Counter(), 0
+        for frame in video.shown():
+            sizes[frame.height, frame.width] += 1
+            decoded += 1
+        errors, what = video.errors, damage(video, decoded)
+    else:
+        sizes, decoded, errors, what = Counter(), frames, None, None
+        for start in range(0, frames, CHUNK):
+            for frame in video.decode(range(start, min(start + CHUNK, frames))).values():
+                sizes[frame.shape[:2]] += 1
+    if not sizes:
+        raise VideoError(video.path, "no frame can be decoded")
     if len(sizes) > 1:
-        raise VideoError(video.path, "the frame size changes within the video")
-    height, width = sizes.pop()
-    return dict(frames=claimed, decoded=last + 1, width=width, height=height)
+        several = ", ".join(f"{count} of {width} x {height}" for (height, width), count in sizes.items())
+        what = "; ".join(filter(None, [what, f"the frame size changes ({several}): clips are scaled to one"]))
+    height, width = next(iter(sizes))
+    return dict(frames=frames, decoded=decoded, errors=errors, width=width, height=height, damage=what)
 
 
 def check_lists(args, check=check_video):

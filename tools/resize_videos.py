@@ -14,6 +14,7 @@ their number, order and times; phone videos are turned upright. A video that is 
 
 Start it again after an interruption: what is finished is not done again, and no file has its final name before it is
 complete. Videos that cannot be read are named in failed.txt and left out of the new lists; the exit status is then 1.
+Of damaged videos the readable frames are written, as training reads them; damaged.txt names them.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from datasets.decoding import MAX_SHORTFALL, VideoError, decoders_for, open_video
+from datasets.decoding import VideoError, damage, decoders_for, display_matrix, open_video, upright
 from datasets.lists import read_list
 from tools.common import Formatter, find_videos, replacing, run_all, run_tool, write_list, write_text
 from utils import UsageError
@@ -41,66 +42,58 @@ def output_size(height, width, short_side):
 
 
 def resize_video(source, target, short_side, gop, crf):
-    """Writes source to target, which appears when it is complete. Raises: VideoError, naming source."""
+    """Writes source to target, which appears when it is complete. Returns what was damaged, in words, or None.
+
+    Raises: VideoError, naming source.
+    """
     import av
 
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with open_video(source, "pyav") as video, replacing(target) as temporary:
-        with video.open() as container:
-            stream = container.streams.video[0]
-            packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
-            times = [time for time, discard in packets if not discard]  # a cut at the start may discard some
-            claimed = len(times)
-            if "mp4" in container.format.name:  # where a header can be relied on: it knows of lost packets
-                claimed += max(0, stream.frames - len(packets))
         try:
-            with video.open() as container, av.open(temporary, "w", format="mp4") as result:
-                count = encode(container.streams.video[0], result, times, short_side, gop, crf)
+            with av.open(temporary, "w", format="mp4") as result:
+                count = encode(video, result, short_side, gop, crf)
         except (av.FFmpegError, VideoError) as error:
             raise VideoError(source, f"cannot be re-encoded ({error})") from error
-        if claimed > count + MAX_SHORTFALL:
-            raise VideoError(source, f"truncated or damaged: {claimed} frames claimed, {count} decoded")
+        return damage(video, count)
 
 
-def encode(stream, result, times, short_side, gop, crf):
-    """Encodes a stream's frames into the container `result` and returns their number.
+def encode(video, result, short_side, gop, crf):
+    """Encodes the frames of an open PyAVReader into the container `result` and returns their number.
 
-    times: of the packets, in the stream's time base, in any order. They and not the frames' own are used, because AVI
-    with B-frames (HMDB51) gives its frames wrong ones; where they are not distinct, the frames are evenly spaced.
+    Their times are those of the packets and not their own, because AVI with B-frames (HMDB51) gives its frames wrong
+    ones; where the packets do not tell, the frames are evenly spaced.
     """
     import av
     import numpy as np
 
+    stream = video.stream
     rate = stream.average_rate or stream.guessed_rate or 25
     step = max(1, round(1 / (rate * stream.time_base)))
-    if None in times or len(set(times)) < len(times):
-        times = range(0, step * len(times), step)
-    times = sorted(times)
-    stream.thread_count = 1
+    times = frame_times(video) or range(0, step * len(video), step)
     convert = av.video.reformatter.VideoReformatter().reformat  # one for all frames: a fresh one each is slow
     output, count = None, 0
     clock = itertools.chain(times, itertools.count(times[-1] + step, step))
-    for frame, time in zip(decodable(stream), clock, strict=False):
-        if output is None:
-            size = frame.height, frame.width
-            height, width = output_size(*size, short_side)
-            turns = frame.rotation // 90 % 4
+    for frame, time in zip(video.shown(), clock, strict=False):
+        if output is None:  # a frame of another size, later, is scaled to that of the first
+            height, width = output_size(frame.height, frame.width, short_side)
+            matrix = display_matrix(frame)
+            sideways = upright(np.empty((1, 2, 1)), matrix).shape[0] == 2
             # tune: a tenth more bytes, a quarter to a third less time to decode
             options = {"crf": str(crf), "g": str(gop), "bf": "0", "preset": "veryfast", "tune": "fastdecode"}
             output = result.add_stream("libx264", rate=rate, options=options)
-            output.height, output.width = (width, height) if turns % 2 else (height, width)
+            output.height, output.width = (width, height) if sideways else (height, width)
             output.pix_fmt = "yuv420p"
             context = output.codec_context
             context.thread_count = 1
             context.time_base = stream.time_base
             for tag in ("color_range", "colorspace", "color_primaries", "color_trc"):
                 setattr(context, tag, getattr(frame, tag))
-        if (frame.height, frame.width) != size:
-            raise VideoError("the frame size changes within the video")
-        planes = "yuv444p" if turns else "yuv420p"
+        as_stored = (matrix == np.eye(2)).all()
+        planes = "yuv420p" if as_stored else "yuv444p"
         image = convert(frame, width, height, planes, interpolation="BICUBIC", threads=1)
-        if turns:
-            turned = np.rot90(image.to_ndarray(), turns, axes=(1, 2))  # [3, H, W]
+        if not as_stored:
+            turned = upright(image.to_ndarray().transpose(1, 2, 0), matrix).transpose(2, 0, 1)  # [3, H, W]
             image = convert(av.VideoFrame.from_ndarray(np.ascontiguousarray(turned), planes), format="yuv420p")
         image.pts, image.time_base, image.duration = time - times[0], stream.time_base, frame.duration
         image.pict_type = 0  # else the encoder repeats the source's key frames and B-frames
@@ -112,14 +105,12 @@ def encode(stream, result, times, short_side, gop, crf):
     return count
 
 
-def decodable(stream):
-    """The frames up to the end or to the first damage, as training reads them."""
-    import av
-
-    try:
-        yield from stream.container.decode(stream)
-    except av.FFmpegError:
-        return
+def frame_times(video):
+    """pts of the frames in the order shown, or None where the packets do not tell."""
+    if video.timeline is not None:
+        return video.timeline.times
+    times = sorted(p.pts for p in video.packets or () if p.pts is not None and not p.is_discard)
+    return times if len(set(times)) == len(video) == len(times) else None
 
 
 def plan(args):
@@ -173,6 +164,11 @@ def resize_videos(args):
     resize = functools.partial(resize_video, **settings)
     outcomes = run_all(resize, todo, args.num_workers, args.timeout)
     failed = {source: reason for (source, _), (_, reason) in zip(todo, outcomes, strict=True) if reason is not None}
+    damaged = {source: found for (source, _), (found, _) in zip(todo, outcomes, strict=True) if found is not None}
+    if damaged:
+        report = os.path.join(args.output, "damaged.txt")
+        write_text(report, "".join(f"{source}: {what}\n" for source, what in damaged.items()))
+        print(f"{report}: the {len(damaged)} videos of which only a part could be read")
     for source in failed:
         Path(f"{targets[source]}.tmp").unlink(missing_ok=True)  # of a process that died
     report = os.path.join(args.output, "failed.txt")
