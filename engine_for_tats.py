@@ -9,6 +9,7 @@ from backend import Backend
 from engine_for_pretraining import PretrainRecipe, masked_error, sampler_metrics, to_device
 from epoch_runner import EpochRunner
 from masking_generator import motion_energy, motion_lift, texture_energy
+from utils import sum_over_ranks
 
 
 @dataclass
@@ -21,7 +22,7 @@ class PPOSettings:
     policy_coef: float = 1e-4
     value_coef: float = 1e-4
     entropy_coef: float = 1e-4
-    normalize_advantage: bool = False
+    normalize_advantage: bool = False  # over all clips of an optimizer step of TATS
 
 
 def train_one_epoch(
@@ -30,12 +31,14 @@ def train_one_epoch(
     """Alternates phase 1 (MAE step on TATS's masks, episodes recorded) and phase 2 (TATS steps); returns epoch means.
 
     With k = 1 and one pass the policy of phase 2 is the recorded one, so the forward pass of phase 1 keeps its graph
-    and serves both: the same gradient for one forward pass less. Phase 2 never runs the MAE.
+    and serves both: the same gradient for one forward pass less. Phase 2 never runs the MAE. Advantages that are
+    normalised over accumulated micro-batches are known only after the last one: then phase 2 comes after it.
     """
     mae.raw.train()
     tats.raw.train()
     runner = EpochRunner(recipe, mae, epoch, tats)
-    one_pass = settings.rollout_steps == 1 and settings.epochs == 1
+    waits = settings.normalize_advantage and tats.accum_iter > 1
+    one_pass = settings.rollout_steps == settings.epochs == 1 and not waits
     buffer: list[ppo.Episode] = []
     error_of = mae.compiled(masked_error)
     for index, step, batch in runner.batches(loader):
@@ -70,7 +73,7 @@ def train_one_epoch(
             **sampler_metrics(mask, error, texture),
         )
         if one_pass:
-            _update(tats, mask.log_prob, mask.value, episode, settings, runner)
+            _update(tats, mask.log_prob, mask.value, episode, settings, _scale([episode], settings), runner)
         else:
             buffer.append(episode)
             full = len(buffer) == settings.rollout_steps * mae.accum_iter
@@ -83,14 +86,23 @@ def train_one_epoch(
 
 def _phase_two(tats: Backend, buffer: list[ppo.Episode], settings: PPOSettings, runner: EpochRunner) -> None:
     """settings.epochs passes over the recorded micro-batches with the current policy."""
+    steps = [buffer[i : i + tats.accum_iter] for i in range(0, len(buffer), tats.accum_iter)]
+    scales = [_scale(episodes, settings) for episodes in steps]
     for _ in range(settings.epochs):
-        for episode in buffer:
-            with tats.autocast():
-                mask = tats.module(None, None, episode.tokens)
-            _update(tats, mask.log_prob, mask.value, episode, settings, runner)
+        for episodes, scale in zip(steps, scales, strict=True):
+            for episode in episodes:
+                with tats.autocast():
+                    mask = tats.module(None, None, episode.tokens)
+                _update(tats, mask.log_prob, mask.value, episode, settings, scale, runner)
 
 
-def _update(tats: Backend, log_prob, value, episode: ppo.Episode, settings: PPOSettings, runner: EpochRunner) -> None:
+def _scale(episodes: list[ppo.Episode], settings: PPOSettings) -> tuple | None:
+    return ppo.step_scale(episodes, sum_over_ranks) if settings.normalize_advantage else None
+
+
+def _update(
+    tats: Backend, log_prob, value, episode: ppo.Episode, settings: PPOSettings, scale, runner: EpochRunner
+) -> None:
     loss, diagnostics = ppo.sampling_loss(
         log_prob,
         value,
@@ -99,7 +111,7 @@ def _update(tats: Backend, log_prob, value, episode: ppo.Episode, settings: PPOS
         policy_coef=settings.policy_coef,
         value_coef=settings.value_coef,
         entropy_coef=settings.entropy_coef,
-        normalize_advantage=settings.normalize_advantage,
+        scale=scale,
     )
     tats.backward(loss)
     runner.metrics.update(**diagnostics)

@@ -236,7 +236,7 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
         if use_learnable_pos_emb:
-            trunc_normal_(self.pos_embed, std=0.02, a=-0.02, b=0.02)
+            nn.init.normal_(self.pos_embed, std=0.02)
         self.apply(_init_classifier_weights)
         if num_classes > 0:
             with torch.no_grad():  # a head near zero leaves the pre-trained features undisturbed at the start
@@ -268,12 +268,19 @@ class VisionTransformer(nn.Module):
         return x[:, 0] if self.fc_norm is None else self.fc_norm(x.mean(dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.fc_dropout(self.forward_features(x)))
+        return full_precision(self.head, self.fc_dropout(self.forward_features(x)))
+
+
+def full_precision(head: nn.Module, features: Tensor) -> Tensor:
+    """head(features) outside autocast: among bf16 logits the first of several equal ones would win."""
+    with torch.autocast(features.device.type, enabled=False):
+        weight = getattr(head, "weight", features)
+        return head(features.to(weight.dtype))
 
 
 def _init_classifier_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+        nn.init.normal_(module.weight, std=0.02)  # VideoMAE cuts it at +-2: 100 deviations, hence not at all
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -315,7 +322,7 @@ class Probe(nn.Module):
         return tokens.mean(dim=1) if self.kind == "linear" else tokens
 
     def classify(self, features: Tensor) -> Tensor:
-        return self.head(self.pool(features))
+        return full_precision(self.head, self.pool(features))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: video [B, C, T, H, W], or features already computed -> logits [B, num_classes]."""

@@ -19,7 +19,8 @@ class TATSBlock(nn.Module):
 
     use_checkpoint: the backward pass computes trajectory tokens and the MLP again instead of storing them."""
 
-    def __init__(self, dim: int, num_heads: int, attention: str, num_landmarks: int, use_checkpoint: bool = False):
+    def __init__(self, dim: int, num_heads: int, attention: str, num_landmarks: int, use_checkpoint: bool = False,
+                 landmark_gradient: bool = False):  # fmt: skip
         super().__init__()
         self.use_checkpoint = use_checkpoint
         self.norm1 = LAYER_NORM(dim)
@@ -27,7 +28,9 @@ class TATSBlock(nn.Module):
             self.attn = Attention(dim, num_heads, qkv_bias=True)
         else:
             approx = "orthoformer" if attention == "orthoformer" else "none"
-            self.attn = TrajectoryAttention(dim, num_heads, True, approx, num_landmarks)
+            self.attn = TrajectoryAttention(
+                dim, num_heads, True, approx, num_landmarks, landmark_gradient=landmark_gradient
+            )
             self.attn.recompute = use_checkpoint
         self.norm2 = LAYER_NORM(dim)
         self.mlp = Mlp(dim, 4 * dim)
@@ -40,8 +43,8 @@ class TATSBlock(nn.Module):
         return self._stored_or_not(self._mix, self.attend(x, num_frames))
 
     def score(self, x: Tensor, num_frames: int, head: nn.Linear) -> Tensor:
-        """head(forward(x)) for a head of one output, float32 [B, N]: the MLP's second matrix is folded into the head,
-        D*4D products a clip instead of N*4D*D."""
+        """head(forward(x)) for a head of one output, but for a constant, float32 [B, N]: the MLP's second matrix is
+        folded into the head, D*4D products a clip instead of N*4D*D."""
         return self._stored_or_not(self._mix_and_score, self.attend(x, num_frames), head)
 
     def _stored_or_not(self, function, x: Tensor, *arguments) -> Tensor:
@@ -55,8 +58,10 @@ class TATSBlock(nn.Module):
     def _mix_and_score(self, x: Tensor, head: nn.Linear) -> Tensor:
         hidden = self.mlp.act(self.mlp.fc1(self.norm2(x)))
         folded = head.weight @ self.mlp.fc2.weight  # [1, 4D]
-        bias = F.linear(self.mlp.fc2.bias, head.weight, head.bias)
-        return (F.linear(x, head.weight).float() + F.linear(hidden, folded).float() + bias).squeeze(-1)
+        # The two biases add the same to every token's logit and fall out of the softmax. Times 0 their gradient is 0,
+        # not rounding errors, by which Adam with a small eps would move them; and DDP sees every parameter used.
+        nothing = 0 * F.linear(self.mlp.fc2.bias, head.weight.detach(), head.bias)
+        return (F.linear(x, head.weight).float() + F.linear(hidden, folded).float() + nothing).squeeze(-1)
 
 
 class TATS(MaskSampler):
@@ -85,6 +90,7 @@ class TATS(MaskSampler):
         temperature: float = 1.0,
         logit_cap: float = 0.0,
         use_checkpoint: bool = False,
+        landmark_gradient: bool = False,
     ):
         super().__init__(grid, mask_ratio)
         if attention not in ATTENTIONS:
@@ -93,7 +99,8 @@ class TATS(MaskSampler):
         table = get_sinusoid_encoding_table(self.num_tokens, dim)
         self.register_buffer("pos_embed", table, persistent=False)
         self.blocks = nn.ModuleList(
-            TATSBlock(dim, num_heads, attention, num_landmarks, use_checkpoint) for _ in range(num_blocks)
+            TATSBlock(dim, num_heads, attention, num_landmarks, use_checkpoint, landmark_gradient)
+            for _ in range(num_blocks)
         )
         self.actor = nn.Linear(dim, 1)
         self.critic = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))

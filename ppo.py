@@ -6,6 +6,7 @@ token i its reconstruction error R_i, the baseline one value V a clip. All tenso
 Shapes: B clips, N tokens, N_m masked. log_prob [B, N] of the current policy; old_log_prob, reward [B, N_m]; value [B].
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,12 +23,29 @@ class Episode(NamedTuple):
     value: Tensor  # [B], the critic's estimate when the mask was drawn
 
 
-def advantage(reward: Tensor, value: Tensor, normalize: bool = False) -> Tensor:
-    """A_i = R_i - V [B, N_m], without gradient; normalize: to zero mean and unit deviation over the batch."""
+def advantage(reward: Tensor, value: Tensor, scale: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """A_i = R_i - V [B, N_m], without gradient; scale: mean and deviation to normalise them by (see step_scale)."""
     advantages = (reward - value.unsqueeze(1)).detach()
-    if normalize:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    if scale is not None:
+        mean, deviation = scale
+        advantages = (advantages - mean) / (deviation + 1e-8)
     return advantages
+
+
+def step_scale(episodes: list[Episode], total: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor]:
+    """Mean and (unbiased) deviation, 0-d, of all advantages of one optimizer step of TATS.
+
+    episodes: the step's micro-batches; total: sums a tensor over all ranks. In float64, so that how a step's clips
+    are cut into ranks and micro-batches changes nothing but rounding.
+    """
+    advantages = [advantage(episode.reward, episode.value).double() for episode in episodes]
+    count = sum(a.numel() for a in advantages)
+    sums = torch.stack([sum(a.sum() for a in advantages), advantages[0].new_full((), count)])
+    sums = total(sums)
+    mean = sums[0] / sums[1]
+    squares = total(sum((a - mean).square().sum() for a in advantages))
+    dtype = episodes[0].reward.dtype
+    return mean.to(dtype), (squares / (sums[1] - 1)).sqrt().to(dtype)
 
 
 def clipped_objective(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
@@ -62,16 +80,17 @@ def sampling_loss(
     policy_coef: float = 1e-4,
     value_coef: float = 1e-4,
     entropy_coef: float = 1e-4,
-    normalize_advantage: bool = False,
+    scale: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 8: L_sampling = -(c_p L_clip - c_v L_value + c_e H) of the current policy on a recorded batch.
 
+    scale: normalises the advantages, see step_scale.
     Returns the loss and 0-d diagnostics without gradient. approx_kl is mean((r - 1) - log r) over the masked tokens,
     nonnegative (Schulman, "Approximating KL Divergence", 2020); clip_fraction the share of ratios outside the clip.
     """
     log_ratio = log_prob.gather(1, episode.masked) - episode.old_log_prob
     ratio = log_ratio.exp()
-    objective = clipped_objective(ratio, advantage(episode.reward, episode.value, normalize_advantage), clip)
+    objective = clipped_objective(ratio, advantage(episode.reward, episode.value, scale), clip)
     critic_loss = value_loss(value, episode.reward)
     bonus = entropy(log_prob)
     loss = -(policy_coef * objective - value_coef * critic_loss + entropy_coef * bonus)

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+BEST_ENTRIES = ("best_epoch", "acc1_best", "acc5_best", "best_chosen_on_test_videos")
+
 
 def class_names(folder: str | Path, num_classes: int) -> list[str]:
     """classes.txt of a folder, a line a label (tools/make_lists.py writes it); else numbers."""
@@ -64,9 +66,31 @@ def write_report(folder: Path, scores, paths: list[str], names: list[str], setti
     os.replace(folder / "scores.npz.tmp", folder / "scores.npz")
     draw_confusion(folder / "confusion.png", confusion_matrix(scores, num_classes), names,
                    f"top-1 {result['acc1']:.2f} %, {result['videos']} videos")  # fmt: skip
-    (folder / "test.json.tmp").write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(folder / "test.json.tmp", folder / "test.json")  # last: its presence says that the test is finished
+    before = read_report(folder)
+    if settings.items() <= before.items():  # the same test once more, by --eval
+        result |= {name: before[name] for name in BEST_ENTRIES if name in before}
+    _write_json(folder / "test.json", result)  # last: its presence says that the test is finished
     return result
+
+
+def read_report(folder: Path) -> dict:
+    """What test.json of a folder holds; {} where there is none that can be read."""
+    try:
+        return dict(json.loads((folder / "test.json").read_text()))
+    except (OSError, ValueError, TypeError):  # absent, cut off, or something else
+        return {}
+
+
+def _write_json(path: Path, content: dict) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def add_best_epoch(folder: Path, scores, epoch: int, chosen_on_test: bool) -> None:
+    """Adds to test.json what the best epoch of the validation reached; its own entries are of the last epoch."""
+    entries = (epoch, scores.accuracy(1), scores.accuracy(5), chosen_on_test)
+    _write_json(folder / "test.json", read_report(folder) | dict(zip(BEST_ENTRIES, entries, strict=True)))
 
 
 def per_class_accuracy(scores, num_classes: int) -> list[tuple[int, float]]:

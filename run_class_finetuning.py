@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import json
 import math
 import os
 import time
@@ -16,6 +15,7 @@ import modeling_finetune
 from checkpoint import (
     CheckpointError,
     check_moments,
+    checkpoint_name,
     encoder_weights,
     load_checkpoint,
     load_encoder,
@@ -41,7 +41,7 @@ from engine_for_finetuning import (
 )
 from optim_factory import parameter_groups
 from preemption import STOP, Preempted, Watch, stop_at_once
-from reports import class_names, write_report
+from reports import add_best_epoch, class_names, read_report, write_report
 from run_common import (
     SWITCH,
     add_data_flags,
@@ -51,6 +51,7 @@ from run_common import (
     add_process_flags,
     add_run_flags,
     check_ranges,
+    clips_per_batch,
     closing,
     create_model,
     describe_schedule,
@@ -116,7 +117,9 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--allow_missing", default=False, action=SWITCH,
                        help="count a video that cannot be read as wrong, rather than stop")  # fmt: skip
     group.add_argument("--disable_eval_during_finetuning", default=False, action=SWITCH,
-                       help="no validation, hence no best checkpoint: the last weights are tested")  # fmt: skip
+                       help="no validation, hence no best checkpoint")  # fmt: skip
+    group.add_argument("--test_best", default=True, action=SWITCH,
+                       help="test the best epoch of the validation too, beside the last epoch")  # fmt: skip
     group.add_argument("--dist_eval", default=argparse.SUPPRESS, action="store_true",
                        help="taken for VideoMAE's commands, without effect: evaluation is always shared")  # fmt: skip
     group.add_argument("--save_ckpt", default=True, action=SWITCH, help="write checkpoints")
@@ -274,7 +277,7 @@ def check_flags(args) -> None:
         for name, value in frozen.items():
             if getattr(args, name) != value:
                 raise UsageError(f"--{name}: a probe has no use for it, its encoder is frozen and its head its own")
-        if args.linear_probe and args.batch_size < 2:
+        if args.linear_probe and clips_per_batch(args) < 2:
             raise UsageError("--batch_size 1: a linear probe standardises its features over the batch, at least 2")
         if not args.use_mean_pooling:
             raise UsageError("--use_cls: a linear probe averages the tokens, an attentive one attends to them")
@@ -282,8 +285,11 @@ def check_flags(args) -> None:
         raise UsageError("--no-cache_features: only probes store features")
     if args.resplit and args.num_sample == 1 and not args.eval:
         raise UsageError("--resplit erases in all but the first clip of a video: --num_sample 1 has no other")
-    if mixing(args) and args.batch_size % 2 and not args.eval:
-        raise UsageError(f"--batch_size {args.batch_size}: --mixup and --cutmix pair clips, it must be even")
+    if mixing(args) and clips_per_batch(args) % 2 and not args.eval:
+        raise UsageError(
+            f"--batch_size {args.batch_size} x --num_sample {args.num_sample}: --mixup and --cutmix pair clips, their "
+            "number must be even"
+        )
     if args.enable_deepspeed and args.zero_stage == 3:
         if probe_kind(args):
             raise UsageError("--zero_stage 3: a probe's encoder reads clips process by process, use 2 or less")
@@ -450,7 +456,7 @@ def build_recipe(args, device: torch.device, loaders: dict) -> FinetuneRecipe:
     steps_per_epoch = 1
     if "train" in loaders:
         clips = len(loaders["train"].sampler) * args.num_sample
-        batches = clips // args.batch_size if stores_features(args) else len(loaders["train"])
+        batches = clips // clips_per_batch(args) if stores_features(args) else len(loaders["train"])
         steps_per_epoch = optimizer_steps(args, batches)
     mixup = Mixup(
         args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
@@ -470,7 +476,7 @@ def store_probe_features(run: Run, loaders: dict, recipe: FinetuneRecipe) -> Non
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this machine's memory
     log(f"the frozen encoder reads {clips} clips for training")
     batches = store_features(probe, train, recipe, args.amp, (clips + beside) * local)
-    loaders["train"] = FeatureLoader.of(batches, clips, args.batch_size, args.seed)
+    loaders["train"] = FeatureLoader.of(batches, clips, clips_per_batch(args), args.seed)
     if "val" in loaders:
         batches = list(store_features(probe, loaders["val"], recipe, args.amp, beside))
         loaders["val"] = StoredViews(loaders["val"], batches)
@@ -526,7 +532,7 @@ def run_finetuning(args) -> None:
     else:
         model = load_finetune(args) if args.finetune else build_classifier(args, None)
     run = Run(args, model, device, found)
-    seed_everything(args.seed + args.rank)  # dropout, stochastic depth and mixup differ between ranks
+    seed_everything(args.seed, args.rank)  # dropout, stochastic depth and mixup differ between ranks
     output, recipe.log_writer = open_output(args)
     recipe.output = output
     write_deepspeed_configs(output, {"classifier": run.backend})
@@ -554,23 +560,40 @@ def run_finetuning(args) -> None:
         run.unvalidated = None
     if not finished:
         train(run, loaders, recipe, first_epoch, output)
+    chosen_on_test = same_videos(loaders.get("val"), loaders["test"])
     loaders = {"test": loaders["test"]}  # ends the worker processes of the others
     barrier()  # the best checkpoint is written
-    best = read_best(output) if output and args.save_ckpt else {}
-    has_best = best.get("best") == run.best
-    agree(has_best, "best checkpoints")
-    if has_best:
-        source = str(output / BEST)
-        model = load_finished(args, source, best).to(device)
-    else:
-        source = f"the weights after epoch {max(first_epoch, args.epochs) - 1}"
-        model = run.evaluated
-    agree(source, "best checkpoints")
-    tested = output and is_tested(output, test_settings(args, loaders["test"], source))
-    if finished and everyone(tested)[0]:
+    last = max(first_epoch, args.epochs) - 1
+    saved = output / checkpoint_name(last) if output else None
+    source = str(saved) if saved and saved.exists() else f"the weights after epoch {last}"
+    agree(source, "checkpoints of the last epoch")
+    best = read_best(output) if output and args.save_ckpt and args.test_best else {}
+    if best.get("best") != run.best:
+        best = {}
+    agree(bool(best), "best checkpoints")
+    settings = test_settings(args, loaders["test"], source)
+    expected = settings | ({"best_epoch": run.best["epoch"]} if best else {})
+    if finished and everyone(output and is_tested(output, expected))[0]:
         log(f"nothing to do: {args.epochs} epochs are finished and tested ({output / 'test.json'})")
         return
-    test(model, loaders["test"], recipe, args, source, output)
+    scores = test(run.evaluated, loaders["test"], recipe, args, source, output)
+    if not best:
+        return
+    if run.best["epoch"] != last:
+        model = load_finished(args, output / BEST, best).to(device)
+        scores = evaluate(model, loaders["test"], recipe, args.amp, args.batch_size, args.allow_missing, "best epoch")
+    note = ", which was chosen on the videos of the test: too high a figure" if chosen_on_test else ""
+    log(
+        f"the best epoch of the validation, {run.best['epoch']}: top-1 {scores.accuracy(1):.2f} %, "
+        f"top-5 {scores.accuracy(5):.2f} %{note}"
+    )
+    if output and is_main_process():
+        add_best_epoch(output, scores, run.best["epoch"], chosen_on_test)
+
+
+def same_videos(val, test) -> bool:
+    """Whether a video of the validation is one of the test."""
+    return val is not None and not set(val.dataset.paths).isdisjoint(test.dataset.paths)
 
 
 def read_best(output: Path) -> dict:
@@ -586,10 +609,7 @@ def read_best(output: Path) -> dict:
 
 def is_tested(output: Path, settings: dict) -> bool:
     """Whether test.json is there and about these settings."""
-    try:
-        return settings.items() <= dict(json.loads((output / "test.json").read_text())).items()
-    except (OSError, ValueError, TypeError):  # absent, cut off, or something else
-        return False
+    return settings.items() <= read_report(output).items()
 
 
 def log_epoch(output: Path | None, run: Run, stats: dict, epoch: int) -> None:
@@ -601,13 +621,13 @@ def stores_features(args) -> bool:
 
 
 def find_finished(args) -> tuple[str | Path, dict]:
-    """The checkpoint --eval tests: --finetune, --resume, the best in --output_dir, or the newest there."""
+    """The checkpoint --eval tests: --finetune, --resume, the newest in --output_dir, or the best there, alone."""
     if args.finetune:
         return args.finetune, load_checkpoint(args.finetune)
-    best = Path(args.output_dir, BEST)
-    if not args.resume and args.output_dir and best.exists():
-        return best, load_checkpoint(best)
     found = find_resume(args)
+    best = Path(args.output_dir, BEST)
+    if found is None and args.output_dir and best.exists():
+        return best, load_checkpoint(best)
     if found is None:
         raise UsageError(
             "--eval: nothing to test; name a fine-tuned checkpoint with --finetune, or a finished run with --output_dir"

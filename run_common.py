@@ -49,7 +49,9 @@ def new_parser(description: str, **kwargs) -> argparse.ArgumentParser:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--batch_size", default=64, type=int, help="clips a process and micro-batch")
+    group.add_argument("--batch_size", default=64, type=int,
+                       help="videos per process and micro-batch; clips: times --num_sample")  # fmt: skip
+    parser.set_defaults(batch_counts="videos")  # for checkpoints: earlier revisions counted clips
     group.add_argument("--epochs", type=int, help="passes over the list of videos")
     group.add_argument(
         "--accum_iter",
@@ -105,8 +107,9 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     group.add_argument("--momentum", default=0.9, type=float, help="of SGD and its kin")
     group.add_argument("--weight_decay", default=0.05, type=float, help="of matrices; biases and norms have none")
     group.add_argument("--weight_decay_end", default=None, type=float, help="cosine to this value; default: constant")
-    group.add_argument("--lr", type=float, help="for 256 clips a step; scaled by effective batch / 256")
-    group.add_argument("--warmup_lr", default=1e-6, type=float, help="at the first step; scaled like --lr")
+    group.add_argument("--lr", type=float, help="for 256 videos a step; scaled by effective batch / 256")
+    group.add_argument("--warmup_lr", default=0.0, type=float,
+                       help="at the first step, scaled like --lr (in VideoMAE always 0)")  # fmt: skip
     group.add_argument("--min_lr", type=float, help="at the end; scaled like --lr")
     group.add_argument("--warmup_epochs", type=int, help="of linearly rising learning rate")
     group.add_argument("--warmup_steps", default=-1, type=int, help="0 or more: overrides --warmup_epochs")
@@ -117,7 +120,7 @@ def add_data_flags(parser: argparse.ArgumentParser, data_path_help: str) -> argp
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default="/path/to/list_kinetics-400", help=data_path_help)
     group.add_argument("--sampling_rate", default=4, type=int, help="frames between two frames of a clip")
-    group.add_argument("--num_sample", type=int, help="clips from one decode of a video; divides --batch_size")
+    group.add_argument("--num_sample", type=int, help="clips of each video, from one decode")
     group.add_argument(
         "--train_interpolation", default="bicubic", choices=["random", "bilinear", "bicubic"], help="of the resize"
     )
@@ -223,8 +226,6 @@ def check_ranges(
         raise UsageError(f"--opt_betas {args.opt_betas}: two numbers of at least 0 and less than 1")
     if args.weight_decay == 0 and args.weight_decay_end:
         raise UsageError("--weight_decay 0 stays 0: --weight_decay_end has nothing to change")
-    if args.batch_size % args.num_sample:
-        raise UsageError(f"--batch_size {args.batch_size} (clips) is not divisible by --num_sample {args.num_sample}")
     if args.device == "cpu" and args.amp == "fp16":
         raise UsageError("--amp fp16 needs a GPU; on the CPU use bf16 or none")
     check_deepspeed(args)
@@ -278,14 +279,21 @@ def recipe_settings(args, device: torch.device, steps_per_epoch: int) -> dict:
 
 
 def effective_batch(args) -> int:
+    """Videos per optimizer step, by which VideoMAE scales learning rates, whatever --num_sample."""
     return args.batch_size * args.accum_iter * args.world_size
+
+
+def clips_per_batch(args) -> int:
+    """Clips per process and micro-batch."""
+    return args.batch_size * args.num_sample
 
 
 def describe_schedule(args, recipe) -> str:
     batch = effective_batch(args)
     return (
-        f"{args.world_size} process(es) x {args.batch_size} clips x {args.accum_iter} = {batch} a step, "
-        f"{recipe.steps_per_epoch} steps an epoch, {args.epochs} epochs"
+        f"{args.world_size} process(es) x {args.batch_size} videos x {args.accum_iter} micro-batch(es) = "
+        f"{batch} videos ({batch * args.num_sample} clips) per step, {recipe.steps_per_epoch} steps per epoch, "
+        f"{args.epochs} epochs"
         f"\nlearning rate {args.lr:.3g} x {batch} / 256 = {recipe.lr:.3g}, {recipe.warmup_steps} warm-up steps"
         f"{' (longer than the run)' if recipe.warmup_steps > recipe.total_steps else ''}; {args.device}, "
         f"--amp {args.amp}"
@@ -323,7 +331,7 @@ def make_backend(
             return Backend(module, optimizer, device, amp, args.accum_iter, clip_grad, compile)
         config = deepspeed_config(
             zero_stage=args.zero_stage, offload=args.offload, fused_adam=args.fused_adam, opt=args.opt, lr=lr,
-            betas=args.opt_betas or (0.9, 0.999), eps=eps, batch_size=args.batch_size, accum_iter=args.accum_iter,
+            betas=args.opt_betas or (0.9, 0.999), eps=eps, batch_size=clips_per_batch(args), accum_iter=args.accum_iter,
             world_size=args.world_size, clip_grad=clip_grad, amp=amp, file=args.deepspeed_config,
         )  # fmt: skip
         return DeepSpeedBackend(module, groups, device, config, amp, compile, keep_replica)
@@ -472,7 +480,7 @@ def resume(run, args, found: tuple[Path, dict] | None, steps_per_epoch: int) -> 
             log(f"note: starting at epoch {args.start_epoch} {place}")
         return args.start_epoch, None
     path, state = found
-    saved = saved_args(state, path)
+    saved = _videos_counted(args, saved_args(state, path), path)
     changed = [
         f"--{name} {saved[name]} -> {value}"
         for name, value in vars(args).items()
@@ -488,11 +496,32 @@ def resume(run, args, found: tuple[Path, dict] | None, steps_per_epoch: int) -> 
     with restoring("args", path):
         before = effective_batch(argparse.Namespace(**vars(args) | saved)) if midway else 0
     if midway and (midway["steps_per_epoch"], before) != (steps_per_epoch, effective_batch(args)):
-        log(f"note: it had {before} clips a step, this run has {effective_batch(args)}: epoch {next_epoch} starts over")
+        log(
+            f"note: it had {before} videos a step, this run has {effective_batch(args)}: epoch {next_epoch} starts over"
+        )
         midway = None
         if is_main_process() and args.output_dir and path.parent.resolve() == Path(args.output_dir).resolve():
             os.replace(path, path.with_name(checkpoint_name(next_epoch, 0)))  # older than what this run will write
     return next_epoch, midway
+
+
+def _videos_counted(args, saved: dict, path: Path) -> dict:
+    """saved, of a run that may be older than --batch_size of videos. Raises UsageError where the flags of this run are
+    not the translated ones."""
+    with restoring("args", path):
+        if "batch_counts" in saved or saved.get("num_sample", 1) == 1:
+            return saved
+        count = saved["num_sample"]
+        now = saved | {"batch_size": saved["batch_size"] // count}
+        now |= {name: saved[name] * count for name in ("lr", "min_lr", "warmup_lr")}
+    names = ("batch_size", "num_sample", "lr", "min_lr", "warmup_lr")
+    if any(not math.isclose(getattr(args, name), now[name], rel_tol=1e-6) for name in names):
+        flags = " ".join(f"--{name} {now[name]:g}" for name in names)
+        raise UsageError(
+            f"{path}: written when --batch_size counted clips; it counts videos now, as VideoMAE's does. "
+            f"To resume this run as it was: {flags}"
+        )
+    return now
 
 
 def _set_aside_later(args, found: tuple[Path, dict] | None) -> None:

@@ -136,6 +136,15 @@ def total(value: int, device: torch.device) -> int:
     return int(summed)
 
 
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum over all ranks, on the device; the host does not wait."""
+    if not dist.is_initialized():
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value
+
+
 def barrier() -> None:
     """Waits for all processes."""
     if dist.is_initialized():
@@ -148,7 +157,10 @@ def log(message: str) -> None:
         print(message, flush=True)
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(seed: int, rank: int | None = None) -> None:
+    """rank: streams that no other rank of any other seed has (seed + rank would share them)."""
+    if rank is not None:
+        seed = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

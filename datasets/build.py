@@ -72,9 +72,8 @@ def build_pretraining_loader(args, rank=0, world_size=1):
     """The loader of one process. Call loader.sampler.set_epoch(epoch) before each epoch.
 
     Reads of args: data_path, num_frames, sampling_rate, input_size, crop, train_interpolation, color_jitter,
-    num_sample, decoder, max_short_side (0: native), batch_size (clips a process), num_workers, pin_mem, device, seed.
-    Batches: see datasets.video.collate; batch_size clips from batch_size // num_sample videos; a short last batch is
-    dropped.
+    num_sample, decoder, max_short_side (0: native), batch_size (videos a process), num_workers, pin_mem, device, seed.
+    Batches: see datasets.video.collate; batch_size videos, num_sample clips of each; a short last batch is dropped.
     Raises: ListError for the list, ValueError for a batch size that does not fit.
     """
     transform = PretrainTransform(args.input_size, args.crop, args.train_interpolation, args.color_jitter)
@@ -171,17 +170,14 @@ def find_list(args, split):
 
 
 def _training_loader(dataset, args, rank, world_size, drop_last=True):
-    if args.batch_size % args.num_sample:
-        raise ValueError(f"--batch_size {args.batch_size} (clips) is not divisible by --num_sample {args.num_sample}")
-    videos_a_batch = args.batch_size // args.num_sample
-    if len(dataset) < videos_a_batch * world_size:
+    if len(dataset) < args.batch_size * world_size:
         raise ValueError(
-            f"{dataset.list_path} lists {len(dataset)} videos, a batch takes {videos_a_batch} on each of {world_size} "
-            f"process(es): lower --batch_size (now {args.batch_size}) or give a longer list"
+            f"{dataset.list_path} lists {len(dataset)} videos, a batch takes {args.batch_size} on each of {world_size} "
+            f"process(es): lower --batch_size or give a longer list"
         )
     return DataLoader(
         dataset,
-        batch_size=videos_a_batch,
+        batch_size=args.batch_size,
         sampler=EpochSampler(len(dataset), args.seed, rank, world_size),
         collate_fn=collate,
         drop_last=drop_last,

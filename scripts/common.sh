@@ -9,7 +9,7 @@
 #   NODES, RDZV_ENDPOINT=host:port   or: the same command on all, which meet at a port of one of them, another port for
 #                each run, and number themselves; LOCAL_ADDR where a node's name does not lead the others to it
 #   PYTHON       interpreter (default: .venv's, else python3)
-#   MODEL  MASK_RATIO  BATCH_SIZE (a process)  NUM_SAMPLE  ACCUM_ITER  EPOCHS  WARMUP_EPOCHS  LR  NUM_WORKERS  SAVE_FREQ
+#   MODEL  MASK_RATIO  BATCH_SIZE (videos per process)  NUM_SAMPLE  ACCUM_ITER  EPOCHS  WARMUP_EPOCHS  LR  NUM_WORKERS  SAVE_FREQ
 #   SEED
 #   SCALE        paper (default: ViT-B, 16 frames of 224 x 224) or tiny: a model of 0.6 M weights, 8 frames of INPUT_SIZE
 #                (64), large learning rates, minutes on a CPU
@@ -86,14 +86,14 @@ case ${SCALE:-paper} in
     tiny)
         EPOCHS=${EPOCHS:-20}
         PRETRAIN_FLAGS=(--model "${MODEL:-pretrain_videomae_tiny_patch8_64}" --input_size "${INPUT_SIZE:-64}"
-            --decoder_depth 2 --num_frames 8 --batch_size "${BATCH_SIZE:-16}" --num_sample "${NUM_SAMPLE:-4}"
-            --lr "${LR:-3.2e-2}" --warmup_lr 0 --min_lr 0 --warmup_epochs "${WARMUP_EPOCHS:-1}" --epochs "$EPOCHS"
+            --decoder_depth 2 --num_frames 8 --batch_size "${BATCH_SIZE:-4}" --num_sample "${NUM_SAMPLE:-4}"
+            --lr "${LR:-1.28e-1}" --min_lr 0 --warmup_epochs "${WARMUP_EPOCHS:-1}" --epochs "$EPOCHS"
             --save_ckpt_freq "${SAVE_FREQ:-1000}" --num_workers "${NUM_WORKERS:-1}" --print_freq 50)
         TATS_FLAGS=(--mask_type tats --tats_attention trajectory --tats_start_epoch "${TATS_START_EPOCH:-$((EPOCHS / 2))}"
             --tats_lr "${TATS_LR:-2e-4}" --entropy_coef "${ENTROPY_COEF:-1e-5}" --normalize_advantage
             --tats_logit_cap "${TATS_LOGIT_CAP:-2}")
         FINETUNE_FLAGS=(--model "${MODEL:-vit_tiny_patch8_64}" --input_size "${INPUT_SIZE:-64}" --num_frames 8
-            --batch_size "${BATCH_SIZE:-16}" --num_sample "${NUM_SAMPLE:-4}" --lr "${LR:-1.6e-2}"
+            --batch_size "${BATCH_SIZE:-4}" --num_sample "${NUM_SAMPLE:-4}" --lr "${LR:-6.4e-2}"
             --crop_scale 0.5 1 --aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0 --smoothing 0
             --clip_grad 1 --warmup_epochs "${WARMUP_EPOCHS:-1}" --epochs "$EPOCHS"
             --save_ckpt_freq "${SAVE_FREQ:-1000}" --num_workers "${NUM_WORKERS:-1}" --print_freq 50)

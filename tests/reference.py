@@ -173,9 +173,15 @@ def time_attention(y: Tensor, own: Tensor, w_q: Tensor, b_q: Tensor | None, w_k:
 
 
 def trajectory_attention_at_once(
-    x: Tensor, state: dict[str, Tensor], num_heads: int, num_frames: int, project_value=True, num_landmarks=None
+    x: Tensor,
+    state: dict[str, Tensor],
+    num_heads: int,
+    num_frames: int,
+    project_value=True,
+    num_landmarks=None,
+    landmark_gradient=False,
 ) -> Tensor:
-    """trajectory_attention, x float64."""
+    """trajectory_attention, x float64. Landmarks are constants but with landmark_gradient."""
     width = x.shape[-1]
     own = torch.arange(num_frames).repeat_interleave(x.shape[1] // num_frames)
     bias_v = state["proj_kv.bias"][width:] if project_value and "proj_kv.bias" in state else 0
@@ -189,6 +195,7 @@ def trajectory_attention_at_once(
         if num_landmarks is not None:
             index = [greedy_landmarks(head.detach(), num_landmarks) for head in q.unbind(1)]
             asking = torch.stack([head[i] for head, i in zip(q.unbind(1), index, strict=True)], dim=1)  # [R, h, d]
+            asking = asking if landmark_gradient else asking.detach()
         weights = torch.einsum("nhd,tshd->nhts", asking, k).div(math.sqrt(q.shape[-1])).softmax(dim=-1)
         y = torch.einsum("nhts,tshd->tnhd", weights, v)
         if num_landmarks is not None:

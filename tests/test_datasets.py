@@ -519,7 +519,7 @@ def test_sampler_seeds():
 
 def loader_args(listing, **changes):
     args = dict(data_path=str(listing), num_frames=4, sampling_rate=2, input_size=24, crop="multiscale")
-    args |= dict(train_interpolation="bicubic", color_jitter=0.0, num_sample=2, decoder="auto", batch_size=8)
+    args |= dict(train_interpolation="bicubic", color_jitter=0.0, num_sample=2, decoder="auto", batch_size=4)
     return argparse.Namespace(**args | dict(num_workers=0, pin_mem=False, seed=3, max_short_side=0) | changes)
 
 
@@ -543,16 +543,14 @@ def test_batches_do_not_depend_on_the_number_of_workers(shapes):
 
 
 def test_loader_errors(shapes):
-    with pytest.raises(ValueError, match=r"--batch_size 9 .* --num_sample 2"):
-        build_pretraining_loader(loader_args(shapes / "train.csv", batch_size=9))
     with pytest.raises(ValueError, match=r"train.csv lists 20 videos, a batch takes 6 on each of 4 .*--batch_size"):
-        build_pretraining_loader(loader_args(shapes / "train.csv", batch_size=12), rank=1, world_size=4)
+        build_pretraining_loader(loader_args(shapes / "train.csv", batch_size=6), rank=1, world_size=4)
 
 
 def test_failed_videos_reach_the_batch(shapes, tmp_path):
     good = "".join(f"{shapes}/videos/val_0000{i}.mp4 0\n" for i in range(7))
     (tmp_path / "list.csv").write_text("missing.mp4 0\n" + good)
-    loader = build_pretraining_loader(loader_args(tmp_path / "list.csv", batch_size=16, num_workers=1))
+    loader = build_pretraining_loader(loader_args(tmp_path / "list.csv", batch_size=8, num_workers=1))
     (batch,) = list(loader)
     assert [f for f in batch["failed"] if f != f"{tmp_path}/missing.mp4: no such file"] == [] and batch["failed"]
     assert len(batch["index"]) == 8 and 0 not in batch["index"].tolist()

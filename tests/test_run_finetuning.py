@@ -103,7 +103,9 @@ def test_everything_on(shapes, finetuned):
     accuracies = [record["val_acc1"] for record in log]
     assert best["best"] == {"acc1": max(accuracies), "epoch": accuracies.index(max(accuracies))}
     result = json.loads((folder / "test.json").read_text())
-    assert result["videos"] == 11 and result["unreadable"] == 0 and result["checkpoint"].endswith("checkpoint-best.pth")
+    assert result["videos"] == 11 and result["unreadable"] == 0 and result["checkpoint"].endswith("checkpoint-2.pth")
+    assert result["best_epoch"] == best["best"]["epoch"] and result["best_chosen_on_test_videos"] is True
+    assert "chosen on the videos of the test" in output
     assert (result["temporal_clips"], result["spatial_crops"]) == (2, 3)
     rows = list(csv.DictReader(open(folder / "predictions.csv")))
     assert len(rows) == 11 and result["acc1"] == pytest.approx(100 * np.mean([int(row["correct"]) for row in rows]))
@@ -115,19 +117,20 @@ def test_everything_on(shapes, finetuned):
 
 
 def test_eval_alone_repeats_the_test(shapes, finetuned, tmp_path):
-    """From the run's folder (the best), and from a file; flags are the checkpoint's; the run's args.json stays."""
+    """From the run's folder (the newest), and from a file; flags are the checkpoint's; the run's args.json stays."""
     folder, _ = finetuned
     reference, described = scores(folder), (folder / "args.json").read_bytes()
     here = ["--eval", "--data_path", str(shapes), "--device", "cpu", "--num_workers", "0"]
     main([*here, "--output_dir", str(folder)])
     assert np.allclose(scores(folder), reference, atol=1e-6)  # another batch size
     assert (folder / "args.json").read_bytes() == described and (folder / "eval_args.json").exists()
-    named = [*here, "--finetune", str(folder / "checkpoint-best.pth"), "--batch_size", "4"]
+    assert "acc1_best" in json.loads((folder / "test.json").read_text())  # kept from the run
+    named = [*here, "--finetune", str(folder / "checkpoint-2.pth"), "--batch_size", "4"]
     main([*named, "--output_dir", str(tmp_path / "ema")])
     assert np.array_equal(scores(tmp_path / "ema"), reference)
     main([*named, "--output_dir", str(tmp_path / "raw"), "--no-model_ema"])
     assert not np.allclose(scores(tmp_path / "raw"), reference, atol=1e-6)  # the average is another model
-    torch.save({"model": weights(folder / "checkpoint-best.pth")}, tmp_path / "bare.pth")
+    torch.save({"model": weights(folder / "checkpoint-2.pth")}, tmp_path / "bare.pth")
     with pytest.raises(SystemExit, match="bare.pth: has no moving average"):
         run_here(shapes, "--eval", "--model_ema", "--finetune", tmp_path / "bare.pth")
     run_here(shapes, "--eval", "--finetune", tmp_path / "bare.pth", "--output_dir", tmp_path / "bare")
@@ -405,7 +408,11 @@ def bad_inputs():
         ["--data_path", "LIST", "--eval_data_path", "LIST"],
         ["line 2", "label 10", "--nb"],
     )
-    yield "list without validation", ["--data_path", "GOOD", "--batch_size", "2"], ["--eval_data_path"]
+    yield (
+        "list without validation",
+        ["--data_path", "GOOD", "--batch_size", "1", "--num_sample", "2"],
+        ["--eval_data_path"],
+    )
     yield "validation video missing", ["--eval_data_path", "MISSING"], ["missing.mp4", "--allow_missing", "1 of 2"]
     yield "validation video broken", ["--eval_data_path", "BROKEN"], ["broken.mp4", "check_videos", "1 of 2"]
     yield "all broken", ["--eval_data_path", "ALLBROKEN", "--allow_missing"], ["broken.mp4", "1 of 1"]
@@ -478,7 +485,7 @@ def test_a_missing_video_counts_as_wrong_where_allowed(shapes, finetuned, tmp_pa
     folder, _ = finetuned
     lines = [f"{shapes}/{line}" for line in (shapes / "val.csv").read_text().splitlines()]
     (tmp_path / "list.csv").write_text("\n".join([*lines, f"{tmp_path}/gone.mp4 3"]) + "\n")
-    run_here(shapes, "--eval", "--model_ema", "--finetune", folder / "checkpoint-best.pth", "--allow_missing",
+    run_here(shapes, "--eval", "--model_ema", "--finetune", folder / "checkpoint-2.pth", "--allow_missing",
              "--test_data_path", tmp_path / "list.csv", "--output_dir", tmp_path)  # fmt: skip
     assert f"counted as wrong, cannot be read: {tmp_path}/gone.mp4" in capsys.readouterr().out
     result, whole = (json.loads((f / "test.json").read_text()) for f in (tmp_path, folder))
@@ -491,14 +498,15 @@ def test_a_missing_video_counts_as_wrong_where_allowed(shapes, finetuned, tmp_pa
 
 
 def test_videomaes_flags_and_defaults():
-    """../shared/FLAGS.md, VideoMAE's run_class_finetuning.py; None where a data set or another flag decides."""
+    """../shared/FLAGS.md, VideoMAE's run_class_finetuning.py; None where a data set or another flag decides; its
+    warmup_lr of 1e-6 has no reader there: the schedule starts at 0."""
     args = vars(get_parser().parse_args([]))
     defaults = dict(
         batch_size=64, epochs=30, accum_iter=1, save_ckpt_freq=100, model="vit_base_patch16_224", tubelet_size=2,
         input_size=224, fc_drop_rate=0.0, drop=0.0, attn_drop_rate=0.0, drop_path=0.1,
         disable_eval_during_finetuning=False, model_ema=False, model_ema_decay=0.9999, model_ema_force_cpu=False,
         opt="adamw", opt_eps=1e-8, opt_betas=None, clip_grad=None, momentum=0.9, weight_decay=0.05,
-        weight_decay_end=None, lr=1e-3, layer_decay=0.75, warmup_lr=1e-6, min_lr=1e-6, warmup_epochs=5, warmup_steps=-1,
+        weight_decay_end=None, lr=1e-3, layer_decay=0.75, warmup_lr=0.0, min_lr=1e-6, warmup_epochs=5, warmup_steps=-1,
         color_jitter=0.4, num_sample=2, aa="rand-m7-n4-mstd0.5-inc1", smoothing=0.1, train_interpolation="bicubic",
         crop_pct=None, short_side_size=None, test_num_segment=5, test_num_crop=3, reprob=0.25, remode="pixel",
         recount=1, resplit=False, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5,

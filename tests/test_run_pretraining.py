@@ -236,7 +236,6 @@ def bad_inputs():
     yield "frames", ["--num_frames", "5"], "a.mp4 0\n" * 8, ["--num_frames", "--tubelet_size"]
     yield "model", ["--model", "vit_base_patch16_224"], "a.mp4 0\n" * 8, ["--model", "pretrain_videomae_base"]
     yield "optimizer", ["--opt", "adamx"], "a.mp4 0\n" * 8, ["--opt adamx"]
-    yield "batch and samples", ["--num_sample", "3"], "a.mp4 0\n" * 8, ["--batch_size", "--num_sample"]
     yield "accumulation", ["--accum_iter", "9"], "a.mp4 0\n" * 8, ["--accum_iter 9"]
     yield "zero epochs", ["--epochs", "0"], "a.mp4 0\n" * 8, ["--epochs 0"]
     yield "clipping below 0", ["--clip_grad", "-1"], "a.mp4 0\n" * 8, ["--clip_grad -1"]

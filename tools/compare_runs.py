@@ -129,6 +129,14 @@ def shared_sources(rows):
                 )
 
 
+def tested_best(runs):
+    """A line where runs of earlier revisions report the best epoch of the validation and not the last one."""
+    old = [run for run in runs if str((run.test or {}).get("checkpoint", "")).endswith("checkpoint-best.pth")]
+    if old:
+        names = ", ".join(str(run.folder) for run in old[:3]) + (" and others" if len(old) > 3 else "")
+        yield f"{len(old)} run(s) report the best epoch of the validation, not the last: test them again ({names})"
+
+
 def compared(row, base, kind):
     """seed_statistics.paired of the top-1 of common seeds, or None where there are fewer than two.
 
@@ -189,15 +197,16 @@ class Cells:
         self.numbers |= {f"{name}_{part}" if part else name: value for part, value in numbers.items()}
 
     def estimate(self, heading, name, values, digits, num_runs, videos=None):
-        """Mean ± half width of values that are there; of a single accuracy, what one test says of it."""
+        """Mean ± half width over seeds of values that are there. Of accuracies also the error of the test set: what one
+        test of so many videos leaves open. All seeds are tested on the same videos, so more seeds do not shrink it."""
         values = [value for value in values if value is not None]
         mean, half = interval(values) if values else (None, None)
-        low, high = wilson(mean, videos) if len(values) == 1 and videos else (None, None)
+        low, high = wilson(mean, videos) if values and videos else (None, None)
         text = "-" if mean is None else f"{mean:.{digits}f}"
         if half is not None:
             text += f" ± {half:.{digits}f}" + (f" (n = {len(values)})" if len(values) != num_runs else "")
-        elif low is not None:
-            text += f" (one run; {videos} test videos alone leave {low:.1f} to {high:.1f})"
+        if low is not None:
+            text += f" ({'one run; ' * (len(values) == 1)}{videos} test videos alone leave {low:.1f} to {high:.1f})"
         self.add(heading, name, text, mean=mean, half_width=half, n=len(values))
         if videos is not None or name.endswith(("acc1", "acc5")):
             self.numbers |= {f"{name}_wilson_low": low, f"{name}_wilson_high": high}
@@ -217,7 +226,7 @@ def summarise(row, base, kinds, baseline):
         runs = row.runs.get(kind, [])
         name = kind.replace("-", "_").replace(" ", "_")
         for k in (1, 5):
-            videos = runs[0].test.get("videos") if len(runs) == 1 else None
+            videos = min((run.test["videos"] for run in runs if run.test.get("videos")), default=None)
             values = [run.test[f"acc{k}"] for run in runs]
             cells.estimate(f"{kind} top-{k} (%)", f"{name}_acc{k}", values, 2, num_runs, videos)
         if baseline:
@@ -388,7 +397,7 @@ def write_tables(args, rows, cells, used, runs, left_out):
     if args.paper:
         place = f", {args.data_set}" if args.data_set else ""
         lines.append(f"The paper's figures are its {args.paper}{place}: {paper_tables.ABOUT[args.paper]}, at ViT-B.")
-    differ = [*differences(used, args.by), *shared_sources(rows)]
+    differ = [*differences(used, args.by), *shared_sources(rows), *tested_best(used)]
     notes = {"Differs between runs, beside --by and the seed": differ, "Left out": left_out}
     named = name_rows(rows, args.by, args.paper == "table2")
     text = markdown(args.title, lines, [n | cell.text for n, cell in zip(named, cells, strict=True)], notes)

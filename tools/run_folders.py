@@ -14,8 +14,9 @@ PRETRAINING, SCRATCH = "pre-training", "scratch"
 KINDS = ("fine-tuning", "linear probe", "attentive probe")  # what yields accuracies
 UNREAD = "-"  # the value of a flag that a run's method does not read
 READ_BY = dict.fromkeys(
-    "tats_attention tats_blocks num_landmarks softmax_temp tats_logit_cap tats_lr tats_eps tats_start_epoch "
-    "tats_rollout_steps ppo_epochs ppo_clip policy_coef value_coef entropy_coef normalize_advantage".split(),
+    "tats_attention tats_blocks num_landmarks landmark_gradient softmax_temp tats_logit_cap tats_lr tats_eps "
+    "tats_start_epoch tats_rollout_steps ppo_epochs ppo_clip policy_coef value_coef entropy_coef "
+    "normalize_advantage".split(),
     "tats",
 ) | {"adamae_coef": "adamae"}  # fmt: skip
 # May differ unmentioned: what run_common.FREE_ON_RESUME holds, device, pictures. Rows tell data_path and seed; where
@@ -205,6 +206,7 @@ def settings(run, by):
     named = {f"--{name}": UNREAD for name, method in READ_BY.items() if method != args.get("mask_type")}
     named |= {f"--{name}": str(args[name]) for name in args if name not in free and f"--{name}" not in named}
     clips = [args.get(name, 1) for name in ("batch_size", "accum_iter", "world_size")]
+    clips += [args.get("num_sample", 1)] if args.get("batch_counts") == "videos" else []  # earlier runs counted clips
     named["clips a step"] = str(math.prod(clips))
     named["n_parameters"] = str(run.last("n_parameters"))
     named |= {name: str(value) for name, value in run.made_with.items()}

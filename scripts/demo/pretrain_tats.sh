@@ -23,11 +23,10 @@ GPUS=0 launch run_mae_pretraining.py \
     --tats_start_epoch 9 \
     --tats_lr 5e-4 \
     --entropy_coef 3e-7 \
-    --batch_size 16 \
+    --batch_size 4 \
     --num_sample 4 \
     --opt_betas 0.9 0.95 \
-    --lr 3.2e-2 \
-    --warmup_lr 0 \
+    --lr 1.28e-1 \
     --min_lr 0 \
     --warmup_epochs 1 \
     --epochs 40 \

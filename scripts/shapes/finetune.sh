@@ -4,5 +4,5 @@
 # Settings by environment and flags: scripts/common.sh; next to them, data and scale are set by scripts/shapes/data.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/data.sh"
 finetune shapes_finetune --data_set custom --nb_classes 2 --no-flip --sampling_rate 2 --crop_scale 0.8 1 \
-    --batch_size 32 --num_sample 8 --warmup_epochs 3 --layer_decay 1 \
+    --batch_size 4 --num_sample 8 --lr "${LR:-1.28e-1}" --warmup_epochs 3 --layer_decay 1 \
     --test_num_segment 2 --test_num_crop 3 "$@"
