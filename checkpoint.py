@@ -105,7 +105,7 @@ def latest_checkpoint(folder: str | Path, load: Callable[[Path], dict] | None = 
     """The newest checkpoint of a folder that can be read; one that is damaged is named and passed over. None where the
     folder has none at all. Raises CheckpointError where none can be read: starting afresh would write over the run.
 
-    load: load_checkpoint for weights of anyone's run; default load_run."""
+    load: load_checked for the weights of anyone's run; default load_run."""
     files = checkpoint_files(folder)
     for path in files:
         try:
@@ -113,10 +113,9 @@ def latest_checkpoint(folder: str | Path, load: Callable[[Path], dict] | None = 
         except CheckpointError as error:
             print(f"warning: {error}; trying the one before it", flush=True)
     if files:
-        raise CheckpointError(
-            f"{folder}: none of its checkpoints can be read ({', '.join(path.name for path in files)}); to start over "
-            "there use --no-auto_resume"
-        )
+        advice = "" if load else "; to start over there use --no-auto_resume"
+        names = ", ".join(path.name for path in files)
+        raise CheckpointError(f"{folder}: none of its checkpoints can be read ({names}){advice}")
     return None
 
 
@@ -132,7 +131,7 @@ def open_checkpoint(path: str | Path, first: tuple[str, ...] = ()) -> tuple[Path
         for name in first:
             if Path(path, name).is_file():
                 return Path(path, name), load_checkpoint(Path(path, name))
-        newest = latest_checkpoint(path, load_checkpoint)
+        newest = latest_checkpoint(path, load_checked)
         if newest:
             return newest
         path = weights_in(path)
@@ -153,9 +152,14 @@ def _has_weights_key(state: dict) -> bool:
     return any(isinstance(state.get(key), dict) for key in (*MODEL_KEYS, "state_dict"))
 
 
+def load_checked(path: str | Path) -> dict:
+    """load_checkpoint of a run's file, its checksums checked."""
+    return load_checkpoint(path, verify=True)
+
+
 def load_run(path: str | Path) -> dict:
-    """load_checkpoint of a file that a run of this project wrote, its checksums and content checked."""
-    state = load_checkpoint(path, verify=True)
+    """load_checked of a file that a run of this project wrote, its content checked too."""
+    state = load_checked(path)
     check_run_state(state, path)
     return state
 
@@ -213,7 +217,10 @@ def named_weights(state: dict, path: str | Path, keys: tuple[str, ...] = MODEL_K
     """
     found = _find_weights(state, path, keys)
     if not found:
-        raise CheckpointError(f"{path}: holds no weights under {', '.join(map(repr, keys))} or at its top level")
+        holds = ", ".join(f"{str(key)[:40]} ({type(value).__name__})" for key, value in list(state.items())[:5])
+        raise CheckpointError(
+            f"{path}: holds no weights under {', '.join(map(repr, keys))} or at its top level, but {holds or 'nothing'}"
+        )
     return {name: _float32(value) for name, value in found.items()}
 
 
@@ -582,7 +589,9 @@ def _check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | P
 
 
 def _kind(value) -> str:
-    return f"{value.dtype} {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {value.layout}{' without values (meta)' if value.is_meta else ''}"
 
 
 def _few(names: list[str]) -> str:

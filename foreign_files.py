@@ -72,6 +72,7 @@ SAFE = [
     argparse.Namespace,
     (_dictionary, "collections.defaultdict"),
     *((kind, f"builtins.{kind.__name__}") for kind in (int, float, list, dict)),  # of a defaultdict
+    (bytes, "builtins.bytes"),  # how pickle writes b""
     (str, "torch.torch_version.TorchVersion"),
     (_NumpyType, "numpy.dtype"),
     (_NumpyArray, "numpy.ndarray"),
@@ -115,7 +116,8 @@ def _read(path: str | Path, verify: bool = False) -> dict:
             return {"model": safetensors.torch.load_file(path)}
         with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols that a damaged file seems to have
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with open(path, "rb") as file:  # by its name alone torch would take some for safetensors
+                state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint (file or folder)") from None
     except IsADirectoryError:

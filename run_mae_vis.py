@@ -61,8 +61,10 @@ class Trained:
     def __init__(self, path: str, overrides: list[str]):
         path, state = open_checkpoint(path)
         self.path = path
-        weights, samplers = split_samplers(state, model_weights(state, path, drop=()))
         parser = get_parser()
+        given = parser.parse_args(overrides)
+        weights = model_weights(state, path, tuple(given.model_key.split("|")), (), given.model_prefix)
+        weights, samplers = split_samplers(state, weights)
         known = [action.dest for action in parser._actions]
         if len(samplers) == 1:  # AdaMAE's file need not say so
             parser.set_defaults(mask_type=next(iter(samplers)))

@@ -23,9 +23,10 @@ READ_BY = dict.fromkeys(
 # --finetune points, the clips of a step and the settings of the test are compared on their own (settings).
 FREE = set(
     "resume auto_resume start_epoch output_dir log_dir num_workers pin_mem print_freq rank local_rank world_size "
-    "distributed dist_url dist_on_itp save_ckpt_freq finetune use_checkpoint checkpoint_modules eval test_num_segment "
-    "test_num_crop allow_missing test_data_path save_ckpt save_ckpt_minutes keep_last enable_deepspeed zero_stage "
-    "offload fused_adam deepspeed_config picture_freq device data_path seed".split()
+    "distributed dist_url dist_on_itp save_ckpt_freq finetune model_key model_prefix use_checkpoint "
+    "checkpoint_modules eval test_num_segment test_num_crop allow_missing test_data_path save_ckpt "
+    "save_ckpt_minutes keep_last enable_deepspeed zero_stage offload fused_adam deepspeed_config picture_freq "
+    "device data_path seed".split()
 )
 
 
