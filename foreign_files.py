@@ -123,6 +123,8 @@ def _read(path: str | Path, verify: bool = False) -> dict:
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder; give the checkpoint file inside it") from None
     except Exception as error:  # a damaged or foreign file can make the unpickler raise anything
+        if isinstance(error, OSError) and error.strerror:  # no permission, a disk that fails
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
         raise CheckpointError(f"{path}: not a readable checkpoint: {_what_is(path, error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a dictionary of weights")
