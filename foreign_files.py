@@ -22,12 +22,16 @@ class CheckpointError(RuntimeError):
 # --- classes that are read ---------------------------------------------------------------------------------------
 
 
+class _NotRead(ValueError):
+    """Values of a kind that is not read."""
+
+
 class _NumpyType:
     """Stands in for numpy.dtype: only numbers and text, whose values are plain bytes."""
 
     def __init__(self, code: str, align=False, copy=True):
         if not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)|[US]\d{1,4}", code):
-            raise ValueError(f"numpy values of type {code}")
+            raise _NotRead(f"numpy values of type {code}")
         self.code, self.order = code, "="
 
     def __setstate__(self, state):
@@ -62,6 +66,11 @@ def _bytes(data) -> bytes:
     return data
 
 
+def _empty_bytes() -> bytes:
+    """How pickle writes b""; a length as its argument could ask for any amount of memory."""
+    return b""
+
+
 def _dictionary(factory=None) -> dict:
     """Stands in for collections.defaultdict: what is missing stays missing."""
     return {}
@@ -72,7 +81,7 @@ SAFE = [
     argparse.Namespace,
     (_dictionary, "collections.defaultdict"),
     *((kind, f"builtins.{kind.__name__}") for kind in (int, float, list, dict)),  # of a defaultdict
-    (bytes, "builtins.bytes"),  # how pickle writes b""
+    (_empty_bytes, "builtins.bytes"),
     (str, "torch.torch_version.TorchVersion"),
     (_NumpyType, "numpy.dtype"),
     (_NumpyArray, "numpy.ndarray"),
@@ -182,6 +191,8 @@ def _what_is(path: str | Path, error: Exception) -> str:
                 is_whole = _is_whole_pickle(file)
     except Exception:
         return damaged
+    if isinstance(error, _NotRead):
+        return f"it holds {reason}, which are not read: leave them out, and write it again"
     if refused := _refused_class(reason):
         return _words_on(refused, head, name)
     if head[:1] == b"\x80" and ("operand" in reason or "magic number" in reason) and is_whole:
