@@ -8,21 +8,20 @@ import math
 import numbers
 import os
 import re
-import warnings
-import zipfile
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
-import safetensors.torch
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foreign_files import CheckpointError, load_checkpoint, weights_in
+
+LEARNED_SAMPLERS = ("adamae", "tats")  # keys in checkpoints of this project
+MODEL_KEYS = ("model", "module")  # where weights are looked for first, as VideoMAE does
 ADAMAE_SAMPLER = ("encoder.get_token_probs.", "encoder.pos_embed_probs")
-
-
-class CheckpointError(RuntimeError):
-    """Names the file and what is wrong with it."""
 
 
 class _File(io.BufferedWriter):
@@ -72,39 +71,6 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def load_checkpoint(path: str | Path, verify: bool = False) -> dict:
-    """Reads a checkpoint on the CPU with weights_only=True; of other classes only argparse's Namespace is allowed,
-    which VideoMAE stores. A .safetensors file is {"model": its tensors}.
-
-    verify: compare the checksums too, which torch writes and does not read (others can leave them out).
-    Raises CheckpointError.
-    """
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise CheckpointError(f"{path}: not a regular file")  # a pipe or a device would be waited for
-    try:
-        if verify and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    raise ValueError("checksum")
-        if str(path).endswith(".safetensors"):
-            return {"model": safetensors.torch.load_file(path)}
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols that a damaged file seems to have
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint (file or folder)") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path} is a folder; give the checkpoint file inside it") from None
-    except Exception as error:  # a damaged or foreign file can make the unpickler raise anything
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint: damaged, or holding more than tensors, numbers, text and "
-            f"argparse.Namespace ({type(error).__name__})"
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a dictionary of weights")
-    return state
-
-
 def checkpoint_name(epoch: int, steps: int | None = None) -> str:
     """Of the state after an epoch, or after so many steps of it."""
     return f"checkpoint-{epoch}.pth" if steps is None else f"checkpoint-{epoch}-step{steps}.pth"
@@ -135,26 +101,64 @@ def prune_checkpoints(folder: Path, every: int, keep_last: int = 0) -> None:
             path.unlink(missing_ok=True)
 
 
-def latest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
+def latest_checkpoint(folder: str | Path, load: Callable[[Path], dict] | None = None) -> tuple[Path, dict] | None:
     """The newest checkpoint of a folder that can be read; one that is damaged is named and passed over. None where the
-    folder has none at all. Raises CheckpointError where none can be read: starting afresh would write over the run."""
+    folder has none at all. Raises CheckpointError where none can be read: starting afresh would write over the run.
+
+    load: load_checked for the weights of anyone's run; default load_run."""
     files = checkpoint_files(folder)
     for path in files:
         try:
-            return path, load_run(path)
+            return path, (load or load_run)(path)
         except CheckpointError as error:
             print(f"warning: {error}; trying the one before it", flush=True)
     if files:
-        raise CheckpointError(
-            f"{folder}: none of its checkpoints can be read ({', '.join(path.name for path in files)}); to start over "
-            "there use --no-auto_resume"
-        )
+        advice = "" if load else "; to start over there use --no-auto_resume"
+        names = ", ".join(path.name for path in files)
+        raise CheckpointError(f"{folder}: none of its checkpoints can be read ({names}){advice}")
     return None
 
 
+def open_checkpoint(path: str | Path, last_resort: str = "") -> tuple[Path, dict]:
+    """(file, content) of a checkpoint, or of a folder that holds one: of a run its newest, else what weights_in finds.
+    Wherever weights are named by a flag, this decides.
+
+    last_resort: name of a file of a run's folder that is read where nothing else is there. Raises CheckpointError.
+    """
+    for _ in range(3):  # a folder of DeepSpeed lies in a run's folder; links may lead round
+        if not os.path.isdir(path):
+            return Path(path), _inner(load_checkpoint(path))
+        newest = latest_checkpoint(path, load_checked)
+        if newest:
+            return newest
+        if last_resort and Path(path, last_resort).is_file():
+            return Path(path, last_resort), load_checkpoint(Path(path, last_resort))
+        path = weights_in(path)
+    raise CheckpointError(f"{path}: no checkpoint in this folder, only further ones")
+
+
+def _inner(state: dict) -> dict:
+    """{"checkpoint": {"model": ..., "args": ...}} -> what is inside."""
+    for _ in range(4):
+        inside = [value for value in state.values() if isinstance(value, dict) and _has_weights_key(value)]
+        if _has_weights_key(state) or len(inside) != 1:
+            break
+        state = inside[0]
+    return state
+
+
+def _has_weights_key(state: dict) -> bool:
+    return any(isinstance(state.get(key), dict) for key in (*MODEL_KEYS, "state_dict"))
+
+
+def load_checked(path: str | Path) -> dict:
+    """load_checkpoint of a run's file, its checksums checked."""
+    return load_checkpoint(path, verify=True)
+
+
 def load_run(path: str | Path) -> dict:
-    """load_checkpoint of a file that a run of this project wrote, its checksums and content checked."""
-    state = load_checkpoint(path, verify=True)
+    """load_checked of a file that a run of this project wrote, its content checked too."""
+    state = load_checked(path)
     check_run_state(state, path)
     return state
 
@@ -174,50 +178,164 @@ def set_aside_later(folder: Path, epoch: int, steps: float, found: Path | None) 
     return later
 
 
+# --- weights of any codebase, under VideoMAE's names ---------------------------------------------------------------
+
+
 def model_weights(
     state: dict,
     path: str | Path,
-    keys: tuple[str, ...] = ("model", "module", "state_dict"),
+    keys: tuple[str, ...] = MODEL_KEYS,
     drop: tuple[str, ...] = ADAMAE_SAMPLER,
+    prefix: str = "",
 ) -> dict[str, Tensor]:
-    """The weights in a checkpoint of this project, VideoMAE, AdaMAE, DeepSpeed or Hugging Face, under VideoMAE's names.
+    """The weights in a checkpoint of this project, VideoMAE, AdaMAE, DeepSpeed or Hugging Face, under the names of
+    VideoMAE's autoencoder, float32: "encoder." and the encoder's tensors; the others as they are called.
 
     keys: where to look, in order, before the top level; drop: beginnings of names to leave out (AdaMAE keeps its
-    sampler inside the encoder). Raises CheckpointError.
+    sampler inside the encoder); prefix: see split_names. Raises CheckpointError.
     """
-    for key in keys:
-        if isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    weights = {
-        name.removeprefix("module."): value
-        for name, value in state.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-    if not weights:
-        raise CheckpointError(f"{path}: holds no weights under {', '.join(map(repr, keys))} or at its top level")
-    if any(name.startswith("videomae.") for name in weights):
-        with restoring("Hugging Face weights", path, "names missing or shapes that do not go together"):
-            weights = from_huggingface(weights)
-    for table in filter(lambda x: x is not None, map(weights.get, ("pos_embed", "encoder.pos_embed"))):
-        check_position_table(table, path)
+    encoder, others = split_names(named_weights(state, path, keys), path, prefix)
+    weights = others | {f"encoder.{name}": value for name, value in encoder.items()}
     return {name: value for name, value in weights.items() if not name.startswith(drop)}
 
 
 def encoder_weights(state: dict, path: str | Path, keys: tuple[str, ...], prefix: str = "") -> dict[str, Tensor]:
-    """As model_weights, under the classifier's names: `prefix`, or else "encoder." or "backbone.", is taken off.
+    """As model_weights, under the classifier's names: the encoder's have no prefix. What lies outside the encoder (a
+    decoder, a head) keeps its name; a table of positions there is the decoder's."""
+    encoder, others = split_names(named_weights(state, path, keys), path, prefix)
+    if encoder and "pos_embed" in others:
+        others["decoder.pos_embed"] = others.pop("pos_embed")
+    return {name: value for name, value in others.items() if name not in encoder} | encoder
 
-    What is not under the prefix (a decoder, a head) keeps its name.
+
+def named_weights(state: dict, path: str | Path, keys: tuple[str, ...] = MODEL_KEYS) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by their names there, in float32 where they are floating-point numbers.
+
+    Looks under the keys, then at the top level; with the default keys also under "state_dict", then in the only
+    dictionary that holds tensors. Raises CheckpointError where there are none, or several dictionaries of them.
     """
-    weights = model_weights(state, path, keys, drop=())
-    for start in [prefix] if prefix else ["encoder.", "backbone."]:
-        inside = {name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}
-        if inside:
-            outside = {name: value for name, value in weights.items() if not name.startswith(start)}
-            return {name: value for name, value in outside.items() if name not in inside} | inside
-    if prefix:
+    found = _find_weights(state, path, keys)
+    if not found:
+        holds = ", ".join(f"{str(key)[:40]} ({type(value).__name__})" for key, value in list(state.items())[:5])
+        raise CheckpointError(
+            f"{path}: holds no weights under {', '.join(map(repr, keys))} or at its top level, but {holds or 'nothing'}"
+        )
+    return {name: _float32(value) for name, value in found.items()}
+
+
+def _find_weights(state: dict, path: str | Path, keys: tuple[str, ...], depth: int = 0) -> dict[str, Tensor]:
+    if depth > 4:
+        return {}
+    for key in keys:
+        if isinstance(state.get(key), dict) and (found := _find_weights(state[key], path, MODEL_KEYS, depth + 1)):
+            return found
+    own = {name: value for name, value in state.items() if isinstance(name, str) and _is_array(value)}
+    if keys != MODEL_KEYS or any("." in name for name in own):  # a loss may lie beside the weights
+        return own
+    inside = {
+        str(key): _find_weights(value, path, MODEL_KEYS, depth + 1)
+        for key, value in state.items()
+        if isinstance(value, dict) and "optim" not in str(key)
+    }
+    inside = {key: found for key, found in inside.items() if found}
+    if len(inside) > 1 and "state_dict" not in inside:
+        raise CheckpointError(f"{path}: holds weights under {', '.join(inside)}: choose one with --model_key")
+    return inside.get("state_dict") or next(iter(inside.values()), own)
+
+
+def _is_array(value) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _float32(value: Tensor | np.ndarray) -> Tensor:
+    value = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value.detach()
+    return value.float() if value.is_floating_point() else value
+
+
+# Parts of names that DDP, torch.compile, FSDP, activation checkpointing, DeepSpeed and Lightning's modules put in.
+WRAPPERS = {"module", "model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+# (what stands before the encoder's names, VideoMAE's or Hugging Face's names of its first layers)
+FIRST_LAYER = re.compile(
+    r"(|.*\.)(patch_embed\.proj|embeddings\.patch_embeddings\.projection|encoder\.layer\.0\.attention\.attention\.query)\.weight"
+)
+
+
+def split_names(
+    weights: dict[str, Tensor], path: str | Path, prefix: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the encoder's tensors under the names of VideoMAE's encoder, all others under theirs). A file without an encoder
+    has only others.
+
+    Wrappers' parts of the names are taken off; what stands before the encoder's names is found by its first layer, or
+    given as `prefix`; Hugging Face's names are translated. Raises CheckpointError, for image weights too.
+    """
+    inside, outside = {}, {}
+    for name, value in weights.items():
+        short = _unwrapped(name)
+        if not prefix or name.startswith(prefix) or short.startswith(prefix):
+            short = _unwrapped(name.removeprefix(prefix)) if name.startswith(prefix) else short.removeprefix(prefix)
+            if short in inside:
+                raise CheckpointError(f"{path}: holds {short} twice, once as {name}: choose with --model_prefix")
+            inside[short] = value
+        else:
+            outside[name] = value
+    if not inside:
         raise CheckpointError(f"{path}: no weight's name begins with --model_prefix {prefix}")
-    return weights
+    first = [match for match in map(FIRST_LAYER.fullmatch, inside) if match]
+    _refuse_images([inside[match[0]] for match in first if "query" not in match[0]] or list(inside.values()), path)
+    starts = sorted({match[1] for match in first}) or [s for s in ENCODERS if any(n.startswith(s) for n in inside)][:1]
+    if len(starts) > 1:
+        raise CheckpointError(
+            f"{path}: holds {len(starts)} encoders, {', '.join(start + '*' for start in starts)}: choose one with "
+            "--model_prefix"
+        )
+    if not starts and not prefix:
+        return {}, inside
+    start = starts[0] if starts else ""
+    if first and first[0][2] != "patch_embed.proj":
+        with restoring("Hugging Face weights", path, "names missing or shapes that do not go together"):
+            inside = from_huggingface(_below(inside, start, "videomae.", start.removesuffix("videomae.")))
+        start = "encoder."
+    encoder = {name.removeprefix(start): value for name, value in inside.items() if name.startswith(start)}
+    around = next((start.removesuffix(end) for end in ENCODERS if start.endswith(end)), start)
+    others = {name.removeprefix(around): value for name, value in inside.items() if not name.startswith(start)}
+    for table in filter(lambda x: x is not None, (encoder.get("pos_embed"), others.get("pos_embed"))):
+        check_position_table(table, path)
+    return encoder, outside | others
+
+
+ENCODERS = ("encoder.", "backbone.")  # what an encoder is called inside a model
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _below(weights: dict[str, Tensor], start: str, new_start: str, around: str) -> dict[str, Tensor]:
+    """Names with `start` replaced, and without what is `around` elsewhere."""
+    return {
+        new_start + name.removeprefix(start) if name.startswith(start) else name.removeprefix(around): value
+        for name, value in weights.items()
+    }
+
+
+def _refuse_images(weights: list[Tensor], path: str | Path) -> None:
+    """Raises CheckpointError where colours come in without time: a convolution over [D, 3, rows, columns]."""
+    flat = [value for value in weights if value.ndim == 4 and value.shape[1] in (1, 3)]
+    if flat and not any(value.ndim == 5 for value in weights):
+        raise CheckpointError(
+            f"{path}: holds image weights (its first layer is {tuple(flat[0].shape)}, without time), not a video "
+            "model's; taking those over is not supported yet"
+        )
+
+
+def split_samplers(state: dict, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """(the autoencoder's of model_weights without drop, {"adamae" or "tats": the sampler's tensors} as far as they are
+    there). This project keeps samplers beside the model, AdaMAE inside the encoder."""
+    inside = {name: value for name, value in weights.items() if name.startswith(ADAMAE_SAMPLER)}
+    samplers = {"adamae": {n.removeprefix("encoder."): v for n, v in inside.items()}} if inside else {}
+    samplers |= {kind: state[kind] for kind in LEARNED_SAMPLERS if isinstance(state.get(kind), dict)}
+    return {name: value for name, value in weights.items() if name not in inside}, samplers
 
 
 class LoadReport(NamedTuple):
@@ -258,10 +376,41 @@ def load_encoder(encoder: nn.Module, weights: dict[str, Tensor], path: str | Pat
         taken["pos_embed"] = resize_position_table(taken["pos_embed"], grid, encoder.patch_embed.grid)
     if "head.weight" in taken and taken["head.weight"].shape != own["head.weight"].shape:  # of other classes
         taken = {name: value for name, value in taken.items() if not name.startswith("head.")}
-    trunk = ("patch_embed.", "blocks.")
-    needed = {name: own[name] for name in own if name in taken or name.startswith((*trunk, "pos_embed"))}
-    _check_fit(needed, taken | {name: value for name, value in weights.items() if name.startswith(trunk)}, path)
-    encoder.load_state_dict(taken, strict=False)
+    return _load_part(encoder, weights, taken, (*TRUNK, "pos_embed"), TRUNK, path)
+
+
+TRUNK = ("patch_embed.", "blocks.")
+ENCODER_TRUNK = ("encoder.patch_embed.", "encoder.blocks.")
+
+
+def load_autoencoder(mae: nn.Module, weights: dict[str, Tensor], path: str | Path) -> LoadReport:
+    """Loads what a checkpoint has for an autoencoder: all of the encoder's patch embedding and blocks, and all of the
+    decoder, which only a file without any of it leaves fresh (a classifier's, say).
+
+    mae: a PretrainVisionTransformer; weights: see model_weights. Raises CheckpointError as load_encoder does.
+    """
+    own = mae.state_dict()
+    taken = {name: value for name, value in weights.items() if name in own}
+    whole = any(not name.startswith("encoder.") for name in taken)
+    return _load_part(mae, weights, taken, ("",) if whole else ENCODER_TRUNK, (*ENCODER_TRUNK, "decoder."), path)
+
+
+def _load_part(
+    module: nn.Module,
+    weights: dict[str, Tensor],
+    taken: dict[str, Tensor],
+    needed: tuple[str, ...],
+    layers: tuple[str, ...],
+    path: str | Path,
+) -> LoadReport:
+    """Loads `taken`, a part of the weights. All of the module whose names begin with `needed` has to be there, and no
+    more names of `layers` than the module has."""
+    own = module.state_dict()
+    wanted = {name: value for name, value in own.items() if name in taken or name.startswith(needed)}
+    beyond = {name: value for name, value in weights.items() if name.startswith(layers) and name not in taken}
+    holds = "" if any(name.startswith(layers) for name in taken) else f"; it holds {_summary(list(weights))}"
+    _check_fit(wanted, taken | beyond, path, holds)
+    module.load_state_dict(taken, strict=False)
     return LoadReport(list(taken), [n for n in own if n not in taken], [n for n in weights if n not in taken])
 
 
@@ -334,7 +483,12 @@ def saved_args(state: dict, path: str | Path) -> dict:
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict):
         raise CheckpointError(f"{path}: its args are a {type(args).__name__}, not flags and their values")
+    args = {name: str(value) if isinstance(value, PurePath) else value for name, value in args.items()}
     args = {name: value for name, value in args.items() if isinstance(name, str) and _plain(value)}
+    if isinstance(args.get("normlize_target"), bool):  # VideoMAE's spelling
+        args.setdefault("normalize_target", args["normlize_target"])
+    if args.get("mask_type") == "learnable":  # AdaMAE's name
+        args["mask_type"] = "adamae"
     sides = args.get("patch_size")
     if isinstance(sides, list | tuple) and len(set(sides)) == 1:  # VideoMAE's holds height and width
         args["patch_size"] = sides[0]
@@ -394,7 +548,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path
     module.load_state_dict(weights)
 
 
-def _check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | Path) -> None:
+def _check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | Path, note: str = "") -> None:
     both = {name: (weights[name], own[name]) for name in own if name in weights}
     odd = [
         f"{name} is {_kind(value)}, the model has {_kind(mine)}"
@@ -422,8 +576,8 @@ def _check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | P
         ]
         raise CheckpointError(
             f"{path} does not fit this model (check --model, --input_size, --num_frames, --patch_size, --tubelet_size; "
-            "in pre-training --decoder_depth, --mask_type; in fine-tuning --nb_classes, --use_cls, --linear_probe, "
-            f"--attentive_probe): {'; '.join(problems)}"
+            "in pre-training --decoder_depth, --mask_type, --tats_attention, --tats_blocks; in fine-tuning "
+            f"--nb_classes, --use_cls, --linear_probe, --attentive_probe): {'; '.join(problems)}{note}"
         )
     spoilt = [name for name, (value, mine) in both.items() if not value.to(mine.dtype).isfinite().all()]
     if spoilt:
@@ -434,7 +588,9 @@ def _check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | P
 
 
 def _kind(value) -> str:
-    return f"{value.dtype} {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {value.layout}{' without values (meta)' if value.is_meta else ''}"
 
 
 def _few(names: list[str]) -> str:
@@ -446,6 +602,8 @@ def from_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     renames = (
         (r"^videomae\.embeddings\.patch_embeddings\.projection", "encoder.patch_embed.proj"),
         (r"^videomae\.encoder\.layer\.", "encoder.blocks."),
+        (r"^videomae\.embeddings\.position_embeddings$", "encoder.pos_embed"),
+        (r"^position_embeddings$", "pos_embed"),
         (r"^videomae\.layernorm", "encoder.norm"),
         (r"^decoder\.decoder_layers\.", "decoder.blocks."),
         (r"\.layernorm_before\.", ".norm1."),
@@ -470,4 +628,4 @@ def from_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             if f"{prefix}{full}.bias" in renamed:
                 renamed[f"{prefix}{part}_bias"] = renamed.pop(f"{prefix}{full}.bias")
         renamed.pop(f"{prefix}key.bias", None)
-    return {name: value for name, value in renamed.items() if not name.endswith("position_embeddings")}
+    return renamed

@@ -52,6 +52,14 @@ def get_sinusoid_encoding_table(n_position: int, d_hid: int) -> Tensor:
     return table.float().unsqueeze(0)
 
 
+def is_sinusoid_encoding_table(table: Tensor) -> bool:
+    """Whether a table of positions [1, N, D] is the fixed one, also where it went through half precision."""
+    fixed = get_sinusoid_encoding_table(*table.shape[1:])
+    value = table.float().cpu()
+    halves = [kind for kind in (torch.float16, torch.bfloat16) if torch.equal(value.to(kind).float(), value)]
+    return torch.allclose(value, fixed, rtol=0, atol=max([1e-4, *(torch.finfo(kind).eps for kind in halves)]))
+
+
 class PatchEmbed(nn.Module):
     """Tubelets of tubelet_size x patch x patch pixels to tokens; the weights are those of a strided Conv3d."""
 

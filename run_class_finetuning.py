@@ -13,15 +13,16 @@ from timm.utils import ModelEmaV3
 
 import modeling_finetune
 from checkpoint import (
+    LEARNED_SAMPLERS,
     CheckpointError,
     check_moments,
     checkpoint_name,
     encoder_weights,
-    load_checkpoint,
     load_encoder,
     load_run,
     load_weights,
     model_weights,
+    open_checkpoint,
     position_grid,
     restoring,
     save_checkpoint,
@@ -59,6 +60,7 @@ from run_common import (
     find_resume,
     make_backend,
     new_parser,
+    open_finetune,
     open_output,
     optimizer_steps,
     recipe_settings,
@@ -126,10 +128,6 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--no_save_ckpt", dest="save_ckpt", action="store_false", help=argparse.SUPPRESS)
 
     group = add_model_flags(parser)
-    group.add_argument("--model_key", default="model|module", help="where --finetune holds its weights, first found")
-    group.add_argument(
-        "--model_prefix", default="", help="of the encoder's names there; default: encoder. or backbone."
-    )
     group.add_argument("--linear_probe", default=False, action=SWITCH, help="frozen encoder, linear classifier")
     group.add_argument("--attentive_probe", default=False, action=SWITCH, help="frozen encoder, attention pooling")
     group.add_argument("--cache_features", default=True, action=SWITCH,
@@ -315,11 +313,7 @@ def build_classifier(args, position_table: torch.Tensor | None) -> torch.nn.Modu
 
     position_table: of the checkpoint to come, or None; where it is not the fixed one, the model learns its own.
     """
-    learned = position_table is not None and not torch.allclose(
-        position_table.float().cpu(),
-        modeling_finetune.get_sinusoid_encoding_table(*position_table.shape[1:]),
-        atol=1e-4,
-    )
+    learned = position_table is not None and not modeling_finetune.is_sinusoid_encoding_table(position_table)
     probe = probe_kind(args)
     model = create_model(
         args,
@@ -337,9 +331,11 @@ def build_classifier(args, position_table: torch.Tensor | None) -> torch.nn.Modu
 
 def load_finetune(args, model: torch.nn.Module | None = None) -> torch.nn.Module:
     """A classifier that starts from --finetune's encoder, with a line on what was taken. Raises CheckpointError."""
-    path = args.finetune
-    state = load_checkpoint(path)
+    path, state = open_finetune(args, BEST)
     weights = encoder_weights(state, path, tuple(args.model_key.split("|")), args.model_prefix)
+    for kind in LEARNED_SAMPLERS:  # to be named as left over
+        sampler = state.get(kind)
+        weights |= {f"{kind}.{name}": value for name, value in sampler.items()} if isinstance(sampler, dict) else {}
     table = weights.get("pos_embed")
     model = build_classifier(args, table)
     encoder = model.encoder if probe_kind(args) else model
@@ -359,7 +355,10 @@ def load_finished(args, path: str | Path, state: dict, keys: str = "model") -> t
         weights = model_weights(state, path, keys, drop=())
     else:
         weights = encoder_weights(state, path, keys, args.model_prefix)
-    model = build_classifier(args, weights.get("encoder.pos_embed", weights.get("pos_embed")))
+    name = "encoder.pos_embed" if probe_kind(args) else "pos_embed"
+    model = build_classifier(args, weights.get(name))
+    if name not in model.state_dict():  # the fixed table, which others store
+        weights.pop(name, None)
     if "head.weight" not in weights:
         raise CheckpointError(f"{path}: has no classifier (a pre-training checkpoint?), so it cannot be tested")
     load_weights(model, weights, path)
@@ -623,11 +622,10 @@ def stores_features(args) -> bool:
 def find_finished(args) -> tuple[str | Path, dict]:
     """The checkpoint --eval tests: --finetune, --resume, the newest in --output_dir, or the best there, alone."""
     if args.finetune:
-        return args.finetune, load_checkpoint(args.finetune)
+        return open_finetune(args, BEST)
     found = find_resume(args)
-    best = Path(args.output_dir, BEST)
-    if found is None and args.output_dir and best.exists():
-        return best, load_checkpoint(best)
+    if found is None and args.output_dir and Path(args.output_dir, BEST).exists():
+        return open_checkpoint(args.output_dir, BEST)
     if found is None:
         raise UsageError(
             "--eval: nothing to test; name a fine-tuned checkpoint with --finetune, or a finished run with --output_dir"

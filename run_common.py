@@ -21,10 +21,12 @@ import torch
 
 from backend import Backend, DeepSpeedBackend, deepspeed_config
 from checkpoint import (
+    MODEL_KEYS,
     CheckpointError,
     checkpoint_name,
     latest_checkpoint,
     load_run,
+    open_checkpoint,
     prune_checkpoints,
     restoring,
     save_checkpoint,
@@ -75,13 +77,19 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="cuda where torch sees a GPU",
     )
     group.add_argument("--seed", default=0, type=int, help="decides weights, data order, augmentation and masks")
-    group.add_argument("--resume", default="", help="checkpoint of this script to go on from")
+    group.add_argument("--resume", default="", help="checkpoint of this script, or folder of its run, to go on from")
     group.add_argument(
         "--auto_resume", default=True, action=SWITCH, help="go on from the newest checkpoint in --output_dir"
     )
     group.add_argument("--no_auto_resume", dest="auto_resume", action="store_false", help=argparse.SUPPRESS)
     group.add_argument("--start_epoch", default=0, type=int, help="first epoch; set by a resume")
-    group.add_argument("--finetune", default="", help="checkpoint to take weights from at the start")
+    group.add_argument("--finetune", default="",
+                       help="weights to start from: a checkpoint, a run's folder (its newest) or "
+                       "Hugging Face's")  # fmt: skip
+    group.add_argument("--model_key", default="|".join(MODEL_KEYS),
+                       help="where --finetune holds its weights, first found")  # fmt: skip
+    group.add_argument("--model_prefix", default="",
+                       help="of the encoder's names there; default: found by its first layer")  # fmt: skip
     group.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "none"],
                        help="mixed precision; auto: bf16 on a GPU that has it, none elsewhere")  # fmt: skip
 
@@ -421,7 +429,8 @@ def open_output(args, description: str = "args.json") -> tuple[Path | None, Curv
 # Flags that may change between a run and its resume without changing what is computed.
 FREE_ON_RESUME = {
     "resume", "auto_resume", "start_epoch", "output_dir", "log_dir", "num_workers", "pin_mem", "print_freq", "rank",
-    "local_rank", "world_size", "distributed", "dist_url", "dist_on_itp", "save_ckpt_freq", "finetune",
+    "local_rank", "world_size", "distributed", "dist_url", "dist_on_itp", "save_ckpt_freq", "finetune", "model_key",
+    "model_prefix",
     "use_checkpoint", "checkpoint_modules",
     "eval", "test_num_segment", "test_num_crop", "allow_missing", "test_data_path", "save_ckpt",
     "save_ckpt_minutes", "keep_last",
@@ -437,7 +446,12 @@ def find_resume(args) -> tuple[Path, dict] | None:
     found = latest_checkpoint(args.output_dir) if args.auto_resume and args.output_dir else None
     if args.resume:
         own = found and saved_args(found[1], found[0]).get("resume") == args.resume  # stopped, and started once more
-        found = found if own else (Path(args.resume), load_run(args.resume))
+        if not own and os.path.isdir(args.resume):
+            found = latest_checkpoint(args.resume)
+            if found is None:
+                raise CheckpointError(f"{args.resume}: no checkpoint-N.pth in this folder to go on from")
+        elif not own:
+            found = Path(args.resume), load_run(args.resume)
         agree(str(found[0]), "checkpoints to go on from")
         return found
     agree(found and str(found[0]), "checkpoints to go on from")
@@ -450,6 +464,13 @@ def find_resume(args) -> tuple[Path, dict] | None:
             f"{args.finetune}: choose another --output_dir, or start over with --no-auto_resume"
         )
     return found
+
+
+def open_finetune(args, last_resort: str = "") -> tuple[Path, dict]:
+    """open_checkpoint of --finetune, the same on every process. Raises CheckpointError, UsageError."""
+    path, state = open_checkpoint(args.finetune, last_resort)
+    agree(str(path), "checkpoints to start from")
+    return path, state
 
 
 def saved_defaults(parser: argparse.ArgumentParser, saved: dict, names: Iterable[str], path: str | Path) -> dict:

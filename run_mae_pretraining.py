@@ -11,12 +11,19 @@ import engine_for_tats
 import modeling_pretrain  # noqa: F401  registers the models
 from backend import Backend
 from checkpoint import (
+    LEARNED_SAMPLERS,
     CheckpointError,
+    LoadReport,
     check_moments,
-    load_checkpoint,
+    check_position_table,
+    load_autoencoder,
     load_weights,
     model_weights,
+    position_grid,
+    resize_position_table,
     restoring,
+    saved_args,
+    split_samplers,
 )
 from datasets.build import build_pretraining_loader
 from datasets.transforms import normalize
@@ -25,6 +32,7 @@ from engine_for_tats import PPOSettings
 from mask_pictures import mask_picture
 from masking_generator import FrameMask, MaskSampler, MotionMask, RandomMask, TubeMask
 from modeling_adamae import AdaMAE, AdaMAESampler
+from modeling_finetune import is_sinusoid_encoding_table
 from modeling_tats import ATTENTIONS, TATS
 from optim_factory import parameter_groups
 from preemption import GO_ON, STOP, Preempted, Watch, stop_at_once
@@ -44,6 +52,7 @@ from run_common import (
     find_resume,
     make_backend,
     new_parser,
+    open_finetune,
     open_output,
     optimizer_steps,
     recipe_settings,
@@ -131,6 +140,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--normalize_target", default=True, action=SWITCH, help="each colour of each token to mean 0, deviation 1"
     )
     group.add_argument("--normlize_target", dest="normalize_target", type=parse_bool, help=argparse.SUPPRESS)
+    group.add_argument("--finetune_sampler", default=True, action=SWITCH,
+                       help="take --finetune's sampler over too, where --mask_type has one")  # fmt: skip
     group.add_argument("--picture_freq", default=0, type=int,
                        help="epochs between pictures of masks in --log_dir's tensorboard files; 0: none")  # fmt: skip
     group.add_argument("--adamae_coef", default=1e-4, type=float, help="weight of AdaMAE's sampling loss")
@@ -222,6 +233,39 @@ def build_sampler(args, mae: torch.nn.Module) -> MaskSampler:
         raise UsageError(str(error)) from error
 
 
+def load_pretrained(mae: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> LoadReport:
+    """load_autoencoder, for encoders of the fixed positions that all autoencoders here have. Raises CheckpointError."""
+    table = weights.get("encoder.pos_embed")
+    if table is not None and not is_sinusoid_encoding_table(table):
+        raise CheckpointError(f"{path}: its encoder learned its positions (pos_embed), this autoencoder's are fixed")
+    return load_autoencoder(mae, weights, path)
+
+
+# Flags that change what TATS does with the same weights.
+TATS_FLAGS = ("tats_attention", "num_landmarks", "softmax_temp", "tats_logit_cap")
+
+
+def load_sampler(sampler: MaskSampler, weights: dict, state: dict, path: Path, args) -> LoadReport:
+    """A learned sampler's weights, whole; AdaMAE's table of positions is interpolated for another grid. Raises
+    CheckpointError where they do not fit."""
+    name = "pos_embed_probs"
+    if args.mask_type == "adamae" and isinstance(weights.get(name), torch.Tensor):
+        with restoring("sampler", path):
+            check_position_table(weights[name], path)
+            grid = position_grid(state, weights[name], sampler.grid, args.tubelet_size, path)
+            weights = weights | {name: resize_position_table(weights[name], grid, sampler.grid)}
+    load_weights(sampler, weights, path)
+    saved = saved_args(state, path) if args.mask_type == "tats" else {}
+    changed = [
+        f"--{name} {saved[name]} -> {getattr(args, name)}"
+        for name in TATS_FLAGS
+        if name in saved and saved[name] != getattr(args, name)
+    ]
+    if changed:
+        log(f"note: its sampler was trained with other flags: {', '.join(changed)}")
+    return LoadReport(list(weights), [], [])
+
+
 def ppo_settings(args) -> PPOSettings:
     return PPOSettings(
         rollout_steps=args.tats_rollout_steps,
@@ -247,8 +291,7 @@ class Run:
         if found:
             self._load_weights(*found)
         elif args.finetune:
-            load_weights(self.mae, model_weights(load_checkpoint(args.finetune), args.finetune), args.finetune)
-            log(f"autoencoder initialised from {args.finetune}")
+            self._start_from_weights()
         self.num_parameters, self.num_sampler_parameters = (
             sum(p.numel() for p in module.parameters()) for module in (self.mae, self.sampler)
         )
@@ -272,7 +315,7 @@ class Run:
     @property
     def learned(self) -> str:
         """The key of a learned sampler in checkpoints, or ""."""
-        return self.args.mask_type if self.args.mask_type in ("adamae", "tats") else ""
+        return self.args.mask_type if self.args.mask_type in LEARNED_SAMPLERS else ""
 
     def state(self, epoch: int, step: int, midway: dict | None = None) -> dict:
         """What checkpoint-N.pth holds; `model` has VideoMAE's names and nothing of the sampler. epoch: the last whole
@@ -306,6 +349,28 @@ class Run:
         mask = sampler.draw_mask(video, seed, tokens)
         sampler.train()
         return mask_picture(pixels, mask, self.mae.grid)
+
+    def _start_from_weights(self) -> None:
+        """--finetune, with a line each on what autoencoder and sampler take. Raises CheckpointError."""
+        args = self.args
+        path, state = open_finetune(args)
+        weights = model_weights(state, path, tuple(args.model_key.split("|")), (), args.model_prefix)
+        weights, samplers = split_samplers(state, weights)
+        log(f"{path}: autoencoder: {load_pretrained(self.mae, weights, path)}")
+        if self.learned and self.learned in samplers and args.finetune_sampler:
+            try:
+                report = load_sampler(self.sampler, samplers.pop(self.learned), state, path, args)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"its {self.learned} sampler: {error}. Give the flags it was trained with, or start it fresh with "
+                    "--no-finetune_sampler"
+                ) from error
+            log(f"{path}: {self.learned} sampler: {report}")
+        elif self.learned:
+            why = "--no-finetune_sampler" if self.learned in samplers else "the file holds none"
+            log(f"{path}: {self.learned} sampler: starts fresh, {why}")
+        for kind, tensors in samplers.items():
+            log(f"{path}: {kind} sampler: {len(tensors)} tensors left over, not used by --mask_type {args.mask_type}")
 
     def _load_weights(self, path: Path, state: dict) -> None:
         needed = ["model", "optimizer", "scaler", "rng", "epoch", "args"] + [self.learned] * bool(self.learned)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_weights, model_weights, saved_args
+from checkpoint import CheckpointError, model_weights, open_checkpoint, saved_args, split_samplers
 from datasets.decoding import VideoError, read_frames
 from datasets.lists import ListError, read_list
 from datasets.transforms import mean_and_std, normalize
@@ -26,7 +26,7 @@ from mask_pictures import darken
 from masking_generator import Mask, motion_energy, motion_lift
 from modeling_pretrain import normalize_patches, patchify, token_error, unpatchify
 from run_common import saved_defaults
-from run_mae_pretraining import build_mae, build_sampler, check_flags, get_parser
+from run_mae_pretraining import build_mae, build_sampler, check_flags, get_parser, load_pretrained, load_sampler
 from utils import UsageError
 
 
@@ -36,7 +36,7 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[argparse.Namespace,
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--model_path", required=True, help="checkpoint of this project or VideoMAE's, or a run's folder"
+        "--model_path", required=True, help="checkpoint of this project, VideoMAE's or AdaMAE's, or a run's folder"
     )
     parser.add_argument("--compare_path", default="", help="second checkpoint, whose mask is added as the last row")
     parser.add_argument("--videos", nargs="+", default=[], help="video files")
@@ -59,27 +59,29 @@ class Trained:
     """A checkpoint's autoencoder and sampler, ready to look at clips."""
 
     def __init__(self, path: str, overrides: list[str]):
-        if Path(path).is_dir():
-            newest = latest_checkpoint(path)
-            if newest is None:
-                raise CheckpointError(f"{path}: no checkpoint-N.pth in this folder")
-            path, state = newest
-        else:
-            state = load_checkpoint(path)
+        path, state = open_checkpoint(path)
         self.path = path
         parser = get_parser()
+        given = parser.parse_args(overrides)
+        weights = model_weights(state, path, tuple(given.model_key.split("|")), (), given.model_prefix)
+        weights, samplers = split_samplers(state, weights)
         known = [action.dest for action in parser._actions]
+        if len(samplers) == 1:  # AdaMAE's file need not say so
+            parser.set_defaults(mask_type=next(iter(samplers)))
         parser.set_defaults(**saved_defaults(parser, saved_args(state, path), known, path))
         self.args = parser.parse_args([*overrides, "--device", "cpu", "--amp", "none"])
         check_flags(self.args)
         self.mae = build_mae(self.args).eval()
-        weights = model_weights(state, path)
-        load_weights(self.mae, weights, path)
+        missing = load_pretrained(self.mae, weights, path).missing
+        if missing:
+            raise CheckpointError(
+                f"{path}: an encoder without a decoder ({missing[0]}, ...), which reconstructs nothing"
+            )
         self.sampler = build_sampler(self.args, self.mae).eval()
         if self.args.mask_type in ("adamae", "tats"):
-            if self.args.mask_type not in state:
+            if self.args.mask_type not in samplers:
                 raise CheckpointError(f"{path}: holds no {self.args.mask_type} sampler; give another --mask_type")
-            load_weights(self.sampler, state[self.args.mask_type], path)
+            load_sampler(self.sampler, samplers[self.args.mask_type], state, path, self.args)
         statistics = mean_and_std(self.args.imagenet_default_mean_and_std)
         self.mean, self.std = map(torch.tensor, statistics)
 

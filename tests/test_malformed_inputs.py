@@ -876,7 +876,7 @@ def numeric_flags(parser):
 def scripts(shapes):
     return {
         "tats": (run_mae_pretraining, ["--data_path", shapes / "train.csv", *PRETRAIN, *TATS_NOW]),
-        "fine": (run_class_finetuning, ["--data_path", shapes, *FINETUNE, "--batch_size", 20]),
+        "fine": (run_class_finetuning, ["--data_path", shapes, *FINETUNE, "--batch_size", 10]),
     }
 
 

@@ -12,6 +12,7 @@ from utils import UsageError
 
 PRETRAINING, SCRATCH = "pre-training", "scratch"
 KINDS = ("fine-tuning", "linear probe", "attentive probe")  # what yields accuracies
+CHECKPOINTS = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")  # a --finetune of another name is a folder
 UNREAD = "-"  # the value of a flag that a run's method does not read
 READ_BY = dict.fromkeys(
     "tats_attention tats_blocks num_landmarks landmark_gradient softmax_temp tats_logit_cap tats_lr tats_eps "
@@ -23,9 +24,10 @@ READ_BY = dict.fromkeys(
 # --finetune points, the clips of a step and the settings of the test are compared on their own (settings).
 FREE = set(
     "resume auto_resume start_epoch output_dir log_dir num_workers pin_mem print_freq rank local_rank world_size "
-    "distributed dist_url dist_on_itp save_ckpt_freq finetune use_checkpoint checkpoint_modules eval test_num_segment "
-    "test_num_crop allow_missing test_data_path save_ckpt save_ckpt_minutes keep_last enable_deepspeed zero_stage "
-    "offload fused_adam deepspeed_config picture_freq device data_path seed".split()
+    "distributed dist_url dist_on_itp save_ckpt_freq finetune model_key model_prefix use_checkpoint "
+    "checkpoint_modules eval test_num_segment test_num_crop allow_missing test_data_path save_ckpt "
+    "save_ckpt_minutes keep_last enable_deepspeed zero_stage offload fused_adam deepspeed_config picture_freq "
+    "device data_path seed".split()
 )
 
 
@@ -164,7 +166,8 @@ def source_of(run, candidates):
     The trees may have been moved, and paths may be relative: first the checkpoint is sought where it lies as seen
     from the run's own folder, then where the path says, then in the --output_dir that a run had, then by the last two
     parts of the path."""
-    parent = Path(os.path.normpath(run.args["finetune"])).parent
+    given = Path(os.path.normpath(run.args["finetune"]))
+    parent = given.parent if given.suffix in CHECKPOINTS else given  # else the run's folder, whose newest was taken
     own, recorded = Path(os.path.realpath(run.folder)).parts, Path(os.path.normpath(run.args["output_dir"])).parts
     same = len(os.path.commonprefix([own[::-1], recorded[::-1]]))  # parts at the end
     moved_from, moved_to = recorded[: len(recorded) - same], own[: len(own) - same]
@@ -212,7 +215,10 @@ def settings(run, by):
     named |= {name: str(value) for name, value in run.made_with.items()}
     if run.kind == PRETRAINING:
         return named if "finetune" in by else named | {"--finetune": args["finetune"] or "none"}
-    named["checkpoint of --finetune"] = UNREAD if run.scratch else Path(args["finetune"]).name
+    given = Path(args["finetune"])
+    named["checkpoint of --finetune"] = (
+        UNREAD if run.scratch else given.name if given.suffix in CHECKPOINTS else "the newest"
+    )
     return named | {
         f"{name} of the test": str(run.test.get(name)) for name in ("temporal_clips", "spatial_crops", "list", "videos")
     }
