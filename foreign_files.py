@@ -106,6 +106,8 @@ def load_checkpoint(path: str | Path, verify: bool = False) -> dict:
     shard = re.search(r"-(\d{5})-of-(\d{5})\.\w+$", str(path))
     if shard and int(shard[2]) > 1 and os.path.isfile(path):
         raise CheckpointError(f"{path}: part {int(shard[1])} of {int(shard[2])}; give the folder of all, or its index")
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise CheckpointError(f"{path}: not a regular file")  # a pipe or a device would be waited for
     if str(path).endswith(".index.json"):
         return {"model": _load_shards(Path(path))}
     state = _read(path, verify)
@@ -114,8 +116,6 @@ def load_checkpoint(path: str | Path, verify: bool = False) -> dict:
 
 
 def _read(path: str | Path, verify: bool = False) -> dict:
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise CheckpointError(f"{path}: not a regular file")  # a pipe or a device would be waited for
     try:
         if verify and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -288,7 +288,7 @@ def weights_in(folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         names = sorted(os.listdir(folder))
-        latest = (folder / "latest").read_text().strip() if "latest" in names else ""  # DeepSpeed's
+        latest = (folder / "latest").read_text().strip() if (folder / "latest").is_file() else ""  # DeepSpeed's
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({error})") from error
     if "mp_rank_01_model_states.pt" in names:

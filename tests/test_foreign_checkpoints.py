@@ -544,6 +544,11 @@ def test_zero_3_is_told_to_join_its_parts(tmp_path):
 
 def test_folders_with_nothing_to_choose_are_refused(tmp_path):
     refused(tmp_path, str(tmp_path), "no checkpoint in this folder", "nothing")
+    os.mkfifo(tmp_path / "latest")  # would be waited for
+    os.mkfifo(tmp_path / "model.safetensors.index.json")
+    refused(tmp_path, "index.json: not a regular file")
+    for name in ("latest", "model.safetensors.index.json"):
+        os.unlink(tmp_path / name)
     (tmp_path / "checkpoint-1").symlink_to(tmp_path)
     refused(tmp_path, "no checkpoint in this folder")
     (tmp_path / "notes.txt").touch()
