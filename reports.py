@@ -3,19 +3,38 @@
 import csv
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from utils import log, picture_text
+
 BEST_ENTRIES = ("best_epoch", "acc1_best", "acc5_best", "best_chosen_on_test_videos")
 
 
 def class_names(folder: str | Path, num_classes: int) -> list[str]:
-    """classes.txt of a folder, a line a label (tools/make_lists.py writes it); else numbers."""
-    path = Path(folder) / "classes.txt"
-    names = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return names if len(names) == num_classes else [str(label) for label in range(num_classes)]
+    """classes.txt of a folder, a line a label (tools/make_lists.py writes it); else numbers. Blank lines are skipped. A
+    file that is not UTF-8 is read as latin-1, one that cannot be used is named: a test does not end for a name."""
+    path, numbers = Path(folder) / "classes.txt", [str(label) for label in range(num_classes)]
+    if not path.is_file():
+        return numbers
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        log(f"warning: {path} cannot be read ({error.strerror}): classes are called by their numbers")
+        return numbers
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        log(f"warning: {path} is not UTF-8: read as latin-1")
+        text = data.decode("latin-1")
+    names = [line.strip() for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
+    if len(names) != num_classes:
+        log(f"warning: {path} names {len(names)} classes, not {num_classes}: they are called by their numbers")
+        return numbers
+    return names
 
 
 def confusion_matrix(scores, num_classes: int) -> Tensor:
@@ -64,12 +83,15 @@ def write_report(folder: Path, scores, paths: list[str], names: list[str], setti
     with open(folder / "scores.npz.tmp", "wb") as file:
         np.savez_compressed(file, probability=scores.probability.numpy(), label=scores.label.numpy())
     os.replace(folder / "scores.npz.tmp", folder / "scores.npz")
-    draw_confusion(folder / "confusion.png", confusion_matrix(scores, num_classes), names,
-                   f"top-1 {result['acc1']:.2f} %, {result['videos']} videos")  # fmt: skip
     before = read_report(folder)
     if settings.items() <= before.items():  # the same test once more, by --eval
         result |= {name: before[name] for name in BEST_ENTRIES if name in before}
-    _write_json(folder / "test.json", result)  # last: its presence says that the test is finished
+    _write_json(folder / "test.json", result)  # after the tables: its presence says that the test is finished
+    title = f"top-1 {result['acc1']:.2f} %, {result['videos']} videos"
+    try:
+        draw_confusion(folder / "confusion.png", confusion_matrix(scores, num_classes), names, title)
+    except Exception as error:  # fonts, memory, whatever a picture meets: the results are written
+        log(f"warning: {folder / 'confusion.png'} cannot be drawn ({type(error).__name__}: {error})")
     return result
 
 
@@ -104,7 +126,7 @@ def draw_confusion(path: Path, matrix: Tensor, names: list[str], title: str) -> 
     """Rows (true classes) as shares of their videos; numbers in the cells of up to 20 classes, names of up to 60."""
     from matplotlib.figure import Figure
 
-    num_classes = len(names)
+    num_classes, names = len(names), [picture_text(name) for name in names]
     share = (matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     side = min(max(4.5, 0.32 * num_classes), 16)
     figure = Figure(figsize=(side + 1.5, side), layout="constrained")
@@ -127,7 +149,7 @@ def draw_confusion(path: Path, matrix: Tensor, names: list[str], title: str) -> 
 
 def _write(path: Path, header: list[str], rows) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)

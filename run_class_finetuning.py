@@ -491,7 +491,9 @@ def test_settings(args, loader, source: str) -> dict:
     }
 
 
-def test(model: torch.nn.Module, loader, recipe: FinetuneRecipe, args, source: str, output: Path | None) -> Scores:
+def test(
+    model: torch.nn.Module, loader, recipe: FinetuneRecipe, args, source: str, output: Path | None, names: list[str]
+) -> Scores:
     """The multi-view test; prints the accuracies and writes the report's files into the output folder."""
     views = f"{args.test_num_segment} x {args.test_num_crop} views"
     log(f"testing {source}: {len(loader.dataset)} videos, {views}")
@@ -500,7 +502,6 @@ def test(model: torch.nn.Module, loader, recipe: FinetuneRecipe, args, source: s
         f"test: top-1 {scores.accuracy(1):.2f} %, top-5 {scores.accuracy(5):.2f} %, {len(scores.label)} videos, {views}"
     )
     if output and is_main_process():
-        names = class_names(os.path.dirname(loader.dataset.list_path), args.nb_classes)
         write_report(output, scores, loader.dataset.paths, names, test_settings(args, loader, source))
         log(f"wrote test.json, per_class.csv, predictions.csv, scores.npz and confusion.png to {output}")
     return scores
@@ -514,12 +515,13 @@ def run_finetuning(args) -> None:
     device = torch.device(args.device, args.local_rank) if args.device == "cuda" else torch.device("cpu")
     seed_everything(args.seed)  # the same weights on every rank
     loaders = build_loaders(args)
+    names = class_names(os.path.dirname(loaders["test"].dataset.list_path), args.nb_classes)
     recipe = build_recipe(args, device, loaders)
     if args.eval:
         path, state = find_finished(args)
         model = load_finished(args, path, state, args.model_key).to(device)
         output, _ = open_output(args, "eval_args.json")
-        test(model, loaders["test"], recipe, args, str(path), output)
+        test(model, loaders["test"], recipe, args, str(path), output, names)
         return
 
     found = find_resume(args)
@@ -575,7 +577,7 @@ def run_finetuning(args) -> None:
     if finished and everyone(output and is_tested(output, expected))[0]:
         log(f"nothing to do: {args.epochs} epochs are finished and tested ({output / 'test.json'})")
         return
-    scores = test(run.evaluated, loaders["test"], recipe, args, source, output)
+    scores = test(run.evaluated, loaders["test"], recipe, args, source, output, names)
     if not best:
         return
     if run.best["epoch"] != last:

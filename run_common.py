@@ -38,7 +38,7 @@ from datasets.lists import ListError
 from datasets.transforms import mean_and_std
 from optim_factory import create_optimizer
 from preemption import EXIT_STATUS, SIGNALS, Preempted, set_handlers
-from utils import UsageError, agree, everyone, is_main_process, log, write_run_description
+from utils import UsageError, agree, everyone, is_main_process, log, tolerant_output, write_run_description
 
 SWITCH = argparse.BooleanOptionalAction
 
@@ -621,6 +621,7 @@ FAILURES = (
 def run_script(train: Callable, args) -> None:
     """train(args), with what the user can put right as one line and a non-zero status; status 75 where training was
     told to stop and can go on, 130 after Ctrl-C."""
+    tolerant_output()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         train(args)

@@ -6,6 +6,7 @@ The checkpoint's own flags are used; any flag of run_mae_pretraining.py given he
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from masking_generator import Mask, motion_energy, motion_lift
 from modeling_pretrain import normalize_patches, patchify, token_error, unpatchify
 from run_common import saved_defaults
 from run_mae_pretraining import build_mae, build_sampler, check_flags, get_parser, load_pretrained, load_sampler
-from utils import UsageError
+from utils import UsageError, picture_text, tolerant_output
 
 
 def parse_flags(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -207,7 +208,7 @@ def draw_figure(rows: list[tuple[str, np.ndarray, str | None]], title: str, path
         squeeze=False,
         layout="constrained",
     )
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(picture_text(title), fontsize=10)
     for row, (label, frames, colours) in zip(axes, rows, strict=True):
         limits = {"vmin": 0, "vmax": np.nanmax(frames)} if colours else {}
         for axis, frame in zip(row[:-1], frames, strict=True):
@@ -222,8 +223,8 @@ def draw_figure(rows: list[tuple[str, np.ndarray, str | None]], title: str, path
     plt.close(figure)
 
 
-def draw_videos(flags: argparse.Namespace, overrides: list[str]) -> list[Path]:
-    """Writes the figures and returns their paths."""
+def draw_videos(flags: argparse.Namespace, overrides: list[str]) -> tuple[list[Path], int]:
+    """Writes the figures; returns their paths, and how many videos could not be read, which are named."""
     trained = Trained(flags.model_path, overrides)
     other = Trained(flags.compare_path, []) if flags.compare_path else None
     videos = flags.videos
@@ -237,9 +238,14 @@ def draw_videos(flags: argparse.Namespace, overrides: list[str]) -> list[Path]:
         raise UsageError("--compare_path: its --input_size or --num_frames is not that of --model_path")
     output = Path(flags.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    written = []
+    written, unreadable = [], 0
     for number, video in enumerate(videos):
-        clip = read_clip(video, trained.args)
+        try:
+            clip = read_clip(video, trained.args)
+        except VideoError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            unreadable += 1
+            continue
         rows, title = rows_of(trained, clip, flags.top_k)
         masks = []
         for model in filter(None, (trained, other)):
@@ -249,22 +255,28 @@ def draw_videos(flags: argparse.Namespace, overrides: list[str]) -> list[Path]:
             rows.append(mask_row(other, pixels, mask, flags.top_k))
         if flags.attention:
             rows.append(attention_row(trained, clip, flags.token))
-        path = output / f"{number:02d}-{Path(video).stem}.png"
+        # file systems take names of 255 bytes
+        stem = os.fsencode(Path(video).stem)[:200].decode(errors="ignore")
+        path = output / f"{number:02d}-{stem}.png"
         draw_figure(rows, f"{Path(video).name}: {title}", path)
         written.append(path)
         if flags.gif:
             path = path.with_suffix(".gif")
             write_gif(path, trained, clip, masks)
             written.append(path)
-    return written
+    return written, unreadable
 
 
 def main(arguments: list[str] | None = None) -> None:
+    tolerant_output()
     try:
-        for path in draw_videos(*parse_flags(arguments)):
+        written, unreadable = draw_videos(*parse_flags(arguments))
+        for path in written:
             print(f"wrote {path}")
     except (UsageError, ListError, VideoError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    if unreadable:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

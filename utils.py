@@ -157,6 +157,19 @@ def log(message: str) -> None:
         print(message, flush=True)
 
 
+def tolerant_output() -> None:
+    """Prints names that are not UTF-8, or that the terminal cannot show, with escapes and not with a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a test or notebook has taken its place
+            stream.reconfigure(errors="backslashreplace")
+
+
+def picture_text(text: str) -> str:
+    """A user's text for matplotlib, shown as it is: `$` begins no formula, what is no character becomes `?`."""
+    text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    return text.replace("$", r"\$")
+
+
 def seed_everything(seed: int, rank: int | None = None) -> None:
     """rank: streams that no other rank of any other seed has (seed + rank would share them)."""
     if rank is not None:

@@ -1,5 +1,6 @@
 """Lists of videos: reading them, and what a line looks like."""
 
+import csv
 import os
 import re
 
@@ -14,15 +15,47 @@ class ListError(ValueError):
 def split_line(line):
     """A stripped line of a list: (path, label as text), or None where it does not end with a whole number.
 
-    `path label`, `path num_frames label`, columns split by spaces or a comma. Taken apart from the right because paths
-    may hold spaces, and not by one regular expression: that needs minutes for a line of 20,000 spaces.
+    `path label`, `path num_frames label`, columns split by spaces or a comma. A path in quotes may hold both, as pandas
+    and csv write it. Else the line is taken apart from the right because paths may hold spaces, and not by one regular
+    expression: that needs minutes for a line of 20,000 spaces.
     """
+    quoted = _split_quoted(line) if line.startswith('"') else None
+    if quoted:
+        return quoted
     last = _cut_number(line)
     if last is None:
         return None
     before, label = last
     frames = _cut_number(before)
-    return (frames[0] if frames else before), label
+    path = frames[0] if frames else before
+    return None if path.endswith(",") else (path, label)  # an empty column
+
+
+def _split_quoted(line):
+    """Of a line `"path" label` with other separators too; None where it is no such line."""
+    path = re.match('"((?:[^"]|"")*+)"([ ,;\t])', line)
+    if not path or not path[1]:
+        return None
+    (numbers,) = csv.reader([line[path.end() :]], delimiter=path[2])
+    numbers = [number.strip() for number in numbers if number.strip() or path[2] != " "]
+    if not 1 <= len(numbers) <= 2 or not all(re.fullmatch("-?[0-9]+", number) for number in numbers):
+        return None
+    return path[1].replace('""', '"'), numbers[-1]
+
+
+def _problem(line, first):
+    """What is wrong with a line that split_line does not take. first: no video stands before it."""
+    last = line.replace(",", " ").split()[-1:]
+    if re.search(r",\s*(,|$)", line):
+        return "an empty column"
+    if not last or last == [line.strip(" ,")]:
+        return "no label"
+    label = last[0].strip('"')
+    if first and label.lower() in ("label", "labels", "class", "class_id", "target"):
+        return "a header in place of a video (pandas: header=False)"
+    if re.fullmatch(r"-?[0-9]+\.0*", label):
+        return f"label {excerpt(label)} is not an integer (pandas writes a column with gaps so: .astype(int))"
+    return f"label {excerpt(label)} is not an integer"
 
 
 def _cut_number(text):
@@ -68,10 +101,7 @@ def read_list(list_path, num_classes=None):
                     raise ListError(f"{place}: a zero byte in {excerpt(line)}: not a text file, or damaged; {FORMATS}")
                 columns = split_line(line)
                 if columns is None:
-                    last = line.replace(",", " ").split()[-1:]
-                    alone = last == [line.strip(" ,")] or not last
-                    problem = "no label" if alone else f"label {excerpt(last[0])} is not an integer"
-                    raise ListError(f"{place}: {problem} in {excerpt(line)}; {FORMATS}")
+                    raise ListError(f"{place}: {_problem(line, first=not paths)} in {excerpt(line)}; {FORMATS}")
                 path, label = columns
                 if len(label) > 10 or not -1 <= int(label) <= MAX_LABEL:
                     raise ListError(f"{place}: label {excerpt(label)} is not in -1 to {MAX_LABEL}; {FORMATS}")

@@ -57,7 +57,7 @@ ALLOWED = {
     },
     "engine_for_tats": {"backend", "engine_for_pretraining", "epoch_runner", "masking_generator", "ppo", "utils"},
     "engine_for_finetuning": {"backend", "datasets.decoding", "datasets.transforms", "epoch_runner", "utils"},
-    "reports": set(),
+    "reports": {"utils"},
     "tools.common": {"datasets.decoding", "datasets.lists", "utils"},
     "tools.make_lists": {"tools.common", "utils"},
     "tools.make_subset": {"datasets.lists", "tools.common", "utils"},
@@ -66,7 +66,7 @@ ALLOWED = {
     "tools.paper_tables": set(),
     "tools.seed_statistics": set(),
     "tools.run_folders": {"utils"},
-    "tools.compare_pictures": {"tools.common", "tools.run_folders", "tools.seed_statistics"},
+    "tools.compare_pictures": {"utils", "tools.common", "tools.run_folders", "tools.seed_statistics"},
     "tools.compare_runs": {
         "tools.common",
         "tools.compare_pictures",

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from datasets.decoding import VideoError
 from datasets.lists import ListError, excerpt, split_line
-from utils import UsageError, format_time
+from utils import UsageError, format_time, tolerant_output
 
 VIDEO_SUFFIXES = (
     ".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".mts", ".m2ts",
@@ -35,6 +36,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 def run_tool(tool, args):
     """Runs tool(args) and exits with the status it returns; what the user can put right is `error: ...`, status 1."""
+    tolerant_output()
     try:
         status = tool(args)
     except (UsageError, ListError, VideoError, ImportError, OSError) as error:
@@ -52,7 +54,7 @@ def run_tool(tool, args):
 def replacing(path):
     """Gives a temporary name beside path. It takes path's place if the block ends well, and is removed otherwise; what
     a killed process left under it is overwritten next time."""
-    temporary = f"{path}.tmp"
+    temporary = temporary_name(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -60,9 +62,19 @@ def replacing(path):
         Path(temporary).unlink(missing_ok=True)
 
 
+def temporary_name(path):
+    """path with .tmp behind it, in the place of its own last characters where the name would exceed 255 bytes."""
+    folder, name = os.path.split(path)
+    if len(os.fsencode(name)) > 251:
+        digest = hashlib.sha1(os.fsencode(name)).hexdigest()[:16]
+        name = os.fsdecode(os.fsencode(name)[:200]).encode(errors="ignore").decode() + digest
+    return os.path.join(folder, f"{name}.tmp")
+
+
 def write_text(path, text):
     with replacing(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
+        # names of files need not be UTF-8: they keep their bytes
+        Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_list(list_path, paths, labels):
@@ -80,17 +92,47 @@ def write_list(list_path, paths, labels):
         if path.startswith("#") or path != path.lstrip():  # a line that starts so would be a comment, or stripped
             path = f"./{path}"
         line = f"{path} {label}"
-        if split_line(line.encode(errors="replace").decode()) != (path, str(label)) or set("\r\n\0") & set(line):
+        if split_line(line) != (path, str(label)):  # it ends with a number, say
+            quoted = path.replace('"', '""')
+            line = f'"{quoted}" {label}'
+        readable = line.encode(errors="replace").decode()
+        if split_line(readable) != (path, str(label)) or set("\r\n\0") & set(line):
             raise UsageError(f"{list_path}: the name {excerpt(path)} cannot stand in a list: rename the file")
         lines.append(f"{line}\n")
     write_text(list_path, "".join(lines))
 
 
 def find_videos(folder, skip=None):
-    """Yields the paths of all video files below folder, in order; the folder skip is not entered."""
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if os.path.join(root, name) != skip)
-        yield from (os.path.join(root, name) for name in sorted(names) if name.lower().endswith(VIDEO_SUFFIXES))
+    """The paths of all video files below folder, in order, each file once: under its own name rather than a link's, and
+    the first of several hard links. Links to folders are followed, also where they lead round; the folder skip is not
+    entered."""
+    found = {}  # (device, inode) -> path
+    for follow in (False, True):
+        entered = set()
+        for root, folders, names in os.walk(folder, followlinks=follow):
+            folders[:] = [name for name in sorted(folders) if os.path.join(root, name) != skip
+                          and _is_new(os.path.join(root, name), entered)]  # fmt: skip
+            for name in sorted(names):
+                path = os.path.join(root, name)
+                if name.lower().endswith(VIDEO_SUFFIXES) and (follow or not os.path.islink(path)):
+                    with contextlib.suppress(OSError):  # a link to nothing
+                        found.setdefault(_identity(path), path)
+    yield from sorted(found.values(), key=lambda path: path.split(os.sep))
+
+
+def _identity(path):
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _is_new(folder, entered):
+    try:
+        identity = _identity(folder)
+    except OSError:
+        return False
+    new = identity not in entered
+    entered.add(identity)
+    return new
 
 
 # ------------------------------------------------------------------------------------------------------- processes

@@ -7,6 +7,7 @@ from collections import defaultdict
 from tools.common import replacing
 from tools.run_folders import KINDS, PRETRAINING
 from tools.seed_statistics import interval
+from utils import picture_text
 
 LOGGED = {"loss": "reconstruction error", "motion_lift": "motion lift", "entropy": "entropy / log N"}
 
@@ -79,7 +80,7 @@ def style_of(index):
 
 
 def wrap(label):
-    return textwrap.fill(label, 36, max_lines=3, placeholder=" ...")
+    return textwrap.fill(picture_text(label), 36, max_lines=3, placeholder=" ...")
 
 
 def new_figure(num_panels, num_handles=0):

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 from datasets.decoding import VideoError, damage, decoders_for, display_matrix, open_video, upright
 from datasets.lists import read_list
-from tools.common import Formatter, find_videos, replacing, run_all, run_tool, write_list, write_text
+from tools.common import Formatter, find_videos, replacing, run_all, run_tool, temporary_name, write_list, write_text
 from utils import UsageError
 
 
@@ -170,7 +170,7 @@ def resize_videos(args):
         write_text(report, "".join(f"{source}: {what}\n" for source, what in damaged.items()))
         print(f"{report}: the {len(damaged)} videos of which only a part could be read")
     for source in failed:
-        Path(f"{targets[source]}.tmp").unlink(missing_ok=True)  # of a process that died
+        Path(temporary_name(targets[source])).unlink(missing_ok=True)  # of a process that died
     report = os.path.join(args.output, "failed.txt")
     Path(report).unlink(missing_ok=True)  # of an earlier run
     if failed:
