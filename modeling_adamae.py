@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from masking_generator import Mask, MaskSampler
-from modeling_finetune import Block
+from modeling_finetune import Block, zero_gradient
 from modeling_tats import draw
 
 
@@ -36,6 +36,7 @@ class AdaMAESampler(MaskSampler):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        zero_gradient(self.get_token_probs[-1].bias)
 
     def draw_mask(self, video: Tensor, seed: Tensor | None, tokens: Tensor) -> Mask:
         x = tokens + self.pos_embed_probs

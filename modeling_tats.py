@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from masking_generator import Mask, MaskSampler, gumbel_noise, split_by_score
-from modeling_finetune import LAYER_NORM, Attention, get_sinusoid_encoding_table
+from modeling_finetune import LAYER_NORM, Attention, get_sinusoid_encoding_table, zero_gradient
 from trajectory_attention import TrajectoryAttention
 
 ATTENTIONS = ("orthoformer", "trajectory", "mha")
@@ -17,9 +17,18 @@ class TATSBlock(nn.Module):
     """Pre-norm residual block: attention over the clip, then an MLP of ratio 4. No dropout: a PPO ratio compares the
     same function of the parameters before and after an update.
 
-    use_checkpoint: the backward pass computes trajectory tokens and the MLP again instead of storing them."""
+    use_checkpoint: the backward pass computes trajectory tokens and the MLP again instead of storing them.
+    landmark_gradient: of Orthoformer, see TrajectoryAttention."""
 
-    def __init__(self, dim: int, num_heads: int, attention: str, num_landmarks: int, use_checkpoint: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        attention: str,
+        num_landmarks: int,
+        use_checkpoint: bool = False,
+        landmark_gradient: bool = False,
+    ):
         super().__init__()
         self.use_checkpoint = use_checkpoint
         self.norm1 = LAYER_NORM(dim)
@@ -27,7 +36,9 @@ class TATSBlock(nn.Module):
             self.attn = Attention(dim, num_heads, qkv_bias=True)
         else:
             approx = "orthoformer" if attention == "orthoformer" else "none"
-            self.attn = TrajectoryAttention(dim, num_heads, True, approx, num_landmarks)
+            self.attn = TrajectoryAttention(
+                dim, num_heads, True, approx, num_landmarks, landmark_gradient=landmark_gradient
+            )
             self.attn.recompute = use_checkpoint
         self.norm2 = LAYER_NORM(dim)
         self.mlp = Mlp(dim, 4 * dim)
@@ -85,6 +96,7 @@ class TATS(MaskSampler):
         temperature: float = 1.0,
         logit_cap: float = 0.0,
         use_checkpoint: bool = False,
+        landmark_gradient: bool = False,
     ):
         super().__init__(grid, mask_ratio)
         if attention not in ATTENTIONS:
@@ -93,7 +105,8 @@ class TATS(MaskSampler):
         table = get_sinusoid_encoding_table(self.num_tokens, dim)
         self.register_buffer("pos_embed", table, persistent=False)
         self.blocks = nn.ModuleList(
-            TATSBlock(dim, num_heads, attention, num_landmarks, use_checkpoint) for _ in range(num_blocks)
+            TATSBlock(dim, num_heads, attention, num_landmarks, use_checkpoint, landmark_gradient)
+            for _ in range(num_blocks)
         )
         self.actor = nn.Linear(dim, 1)
         self.critic = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
@@ -103,6 +116,8 @@ class TATS(MaskSampler):
         for head in (self.actor, self.critic[-1]):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+        for bias in (self.actor.bias, self.blocks[-1].mlp.fc2.bias):  # both add the same to every logit
+            zero_gradient(bias)
 
     @torch.no_grad()
     def trajectory_of(self, tokens: Tensor, token: int) -> Tensor:

@@ -22,11 +22,16 @@ class Episode(NamedTuple):
     value: Tensor  # [B], the critic's estimate when the mask was drawn
 
 
-def advantage(reward: Tensor, value: Tensor, normalize: bool = False) -> Tensor:
-    """A_i = R_i - V [B, N_m], without gradient; normalize: to zero mean and unit deviation over the batch."""
+def advantage(reward: Tensor, value: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """A_i = R_i - V [B, N_m], without gradient.
+
+    moments: mean and deviation of the advantages of the whole optimizer step, all micro-batches of all ranks, which
+    become 0 and 1. A batch's own would make the update depend on how its clips are shared out.
+    """
     advantages = (reward - value.unsqueeze(1)).detach()
-    if normalize:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    if moments is not None:
+        mean, deviation = moments
+        advantages = ((advantages - mean) / (deviation + 1e-8)).to(reward.dtype)
     return advantages
 
 
@@ -62,16 +67,17 @@ def sampling_loss(
     policy_coef: float = 1e-4,
     value_coef: float = 1e-4,
     entropy_coef: float = 1e-4,
-    normalize_advantage: bool = False,
+    moments: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 8: L_sampling = -(c_p L_clip - c_v L_value + c_e H) of the current policy on a recorded batch.
 
+    moments: see advantage; None leaves the advantages as they are.
     Returns the loss and 0-d diagnostics without gradient. approx_kl is mean((r - 1) - log r) over the masked tokens,
     nonnegative (Schulman, "Approximating KL Divergence", 2020); clip_fraction the share of ratios outside the clip.
     """
     log_ratio = log_prob.gather(1, episode.masked) - episode.old_log_prob
     ratio = log_ratio.exp()
-    objective = clipped_objective(ratio, advantage(episode.reward, episode.value, normalize_advantage), clip)
+    objective = clipped_objective(ratio, advantage(episode.reward, episode.value, moments), clip)
     critic_loss = value_loss(value, episode.reward)
     bonus = entropy(log_prob)
     loss = -(policy_coef * objective - value_coef * critic_loss + entropy_coef * bonus)

@@ -526,7 +526,7 @@ def run_finetuning(args) -> None:
     else:
         model = load_finetune(args) if args.finetune else build_classifier(args, None)
     run = Run(args, model, device, found)
-    seed_everything(args.seed + args.rank)  # dropout, stochastic depth and mixup differ between ranks
+    seed_everything(args.seed, args.rank)  # dropout, stochastic depth and mixup differ between ranks
     output, recipe.log_writer = open_output(args)
     recipe.output = output
     write_deepspeed_configs(output, {"classifier": run.backend})

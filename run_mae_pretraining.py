@@ -87,6 +87,7 @@ SAMPLERS = {
         temperature=args.softmax_temp,
         logit_cap=args.tats_logit_cap,
         use_checkpoint=recomputes(args, "sampler"),
+        landmark_gradient=args.landmark_gradient,
     ),
 }
 CHECKPOINTED = ("encoder", "decoder", "sampler")
@@ -140,6 +141,8 @@ def get_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--tats_blocks", default=1, type=int, help="transformer blocks of TATS")
     group.add_argument("--num_landmarks", default=128, type=int, help="Orthoformer landmarks a head")
+    group.add_argument("--landmark_gradient", default=False, action=SWITCH,
+                       help="train W_q through the landmarks too; Motionformer's code does not")  # fmt: skip
     group.add_argument("--softmax_temp", default=1.0, type=float, help="temperature of TATS's token probabilities")
     group.add_argument("--tats_logit_cap", default=0.0, type=float,
                        help="C > 0 bounds TATS's logits to +-C, lest it collapse; 0: none, as the paper")  # fmt: skip
@@ -157,7 +160,9 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--policy_coef", default=1e-4, type=float, help="c_p")
     group.add_argument("--value_coef", default=1e-4, type=float, help="c_v")
     group.add_argument("--entropy_coef", default=1e-4, type=float, help="c_e")
-    group.add_argument("--normalize_advantage", default=False, action=SWITCH, help="over the batch")
+    group.add_argument("--normalize_advantage", default=False, action=SWITCH,
+                       help="to mean 0, deviation 1 over an optimizer step: all ranks, all micro-batches (with "
+                       "--accum_iter above 1 this costs one more forward pass of TATS)")  # fmt: skip
 
     add_optimizer_flags(parser)
 
@@ -345,7 +350,7 @@ def train(args) -> None:
     if found is None and args.start_epoch >= args.epochs:
         raise UsageError(f"--start_epoch {args.start_epoch}: there is no such epoch in --epochs {args.epochs}")
     run = Run(args, device, found)
-    seed_everything(args.seed + args.rank)  # dropout and stochastic depth differ between ranks
+    seed_everything(args.seed, args.rank)  # dropout and stochastic depth differ between ranks
 
     output, log_writer = open_output(args)
     write_deepspeed_configs(output, {"mae": run.backend} | ({"tats": run.tats_backend} if run.tats_backend else {}))

@@ -71,10 +71,17 @@ def _(q: Tensor, num_landmarks: int) -> Tensor:
     return q.new_empty(*q.shape[:2], min(num_landmarks, q.shape[2]), dtype=torch.int64)
 
 
-def summarize_frames(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_landmarks: int) -> tuple[Tensor, Tensor]:
-    """R landmarks L of the queries, [B*h, R, d], and what they find in a frame, softmax(L k_t') v_t [B*h, R, t, d]."""
+def summarize_frames(
+    q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_landmarks: int, landmark_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    """R landmarks L of the queries, [B*h, R, d], and what they find in a frame, softmax(L k_t') v_t [B*h, R, t, d].
+
+    The landmarks are constants for the backward pass, as in Motionformer's released code; with landmark_gradient they
+    are the queries themselves, and W_q is trained through them too.
+    """
     index = orthogonal_landmarks(q.detach(), num_landmarks)
-    landmarks = q.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, q.shape[-1])).flatten(0, 1)
+    source = q if landmark_gradient else q.detach()
+    landmarks = source.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, q.shape[-1])).flatten(0, 1)
     every_frame = landmarks.expand(num_frames, -1, -1, -1)
     found = F.scaled_dot_product_attention(every_frame, _by_frame(k, num_frames), _by_frame(v, num_frames))
     return landmarks, found.permute(1, 2, 0, 3).contiguous()
@@ -89,12 +96,14 @@ def tokens_by_landmarks(q: Tensor, landmarks: Tensor, summary: Tensor) -> Tensor
     return _tokens(y.transpose(1, 2), len(q))
 
 
-def orthoformer_tokens(q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_landmarks: int) -> Tensor:
+def orthoformer_tokens(
+    q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_landmarks: int, landmark_gradient: bool = False
+) -> Tensor:
     """Eq. 1 through R landmarks shared by all frames, linear in N: y~_t' = softmax(q L') softmax(L k_t'') v_t'.
 
-    Shapes as trajectory_tokens, with n = N.
+    Shapes as trajectory_tokens, with n = N; landmark_gradient as in summarize_frames.
     """
-    return tokens_by_landmarks(q, *summarize_frames(q, k, v, num_frames, num_landmarks))
+    return tokens_by_landmarks(q, *summarize_frames(q, k, v, num_frames, num_landmarks, landmark_gradient))
 
 
 class TimeAttention(torch.autograd.Function):
@@ -172,19 +181,24 @@ class TrajectoryAttention(nn.Module):
     """forward(x [B, N, D], num_frames) -> [B, N, D]. Parameter names are those of Motionformer's layer.
 
     approx: "none" (exact) or "orthoformer". project_value=False leaves out W_v2 of eq. 2, as Motionformer's released
-    code does (the equation has it): only for weights trained that way. recompute (attribute): the backward pass
-    computes the trajectory tokens again, a few frames of queries at a time, so that t*N*D values are never stored.
+    code does (the equation has it): only for weights trained that way. landmark_gradient: see summarize_frames.
+    recompute (attribute): the backward pass computes the trajectory tokens again, a few frames of queries at a time, so
+    that t*N*D values are never stored.
+
+    The biases of the keys are kept, because checkpoints have them, but never added: they add the same to every score of
+    a softmax. Their gradient is exactly 0; computed, it would be rounding noise, which Adam with a tiny eps follows.
     Raises ValueError where N is no multiple of num_frames.
     """
 
-    def __init__(self, dim, num_heads=8, qkv_bias=False, approx="none", num_landmarks=128, project_value=True):
+    def __init__(self, dim, num_heads=8, qkv_bias=False, approx="none", num_landmarks=128, project_value=True,
+                 landmark_gradient=False):  # fmt: skip
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
         if approx not in ("none", "orthoformer"):
             raise ValueError(f'approx must be "none" or "orthoformer", got {approx!r}')
         self.num_heads, self.approx, self.num_landmarks = num_heads, approx, num_landmarks
-        self.project_value = project_value
+        self.project_value, self.landmark_gradient = project_value, landmark_gradient
         self.recompute = False
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj_q = nn.Linear(dim, dim, bias=qkv_bias)
@@ -198,15 +212,15 @@ class TrajectoryAttention(nn.Module):
         x = x.transpose(0, 1).flatten(0, 1)  # [N*B, D]
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # here, lest each of the three products keep its own copy
-        biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        bias_q, _, bias_v = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
         q, k, v = (
             F.linear(x, weight, bias).view(1, num_tokens, batch * self.num_heads, -1).transpose(1, 2)
-            for weight, bias in zip(self.qkv.weight.chunk(3), biases, strict=True)
+            for weight, bias in zip(self.qkv.weight.chunk(3), (bias_q, None, bias_v), strict=True)
         )  # each [1, B*h, N, d]
         if self.approx == "none":
             context = (k, v)
         else:
-            context = summarize_frames(q, k, v, num_frames, self.num_landmarks)
+            context = summarize_frames(q, k, v, num_frames, self.num_landmarks, self.landmark_gradient)
         # A few frames of queries a call, enough for the fused kernel (256 queries), so that gradients of trajectory
         # tokens and of the queries' copies for each frame exist for these alone.
         frame = num_tokens // num_frames
@@ -219,7 +233,7 @@ class TrajectoryAttention(nn.Module):
             else:
                 out.append(self._attend(*arguments))
         out = torch.cat(out)
-        if self.project_value and self.proj_kv.bias is not None:  # the key's adds the same to every frame's score
+        if self.project_value and self.proj_kv.bias is not None:
             out = out + self.proj_kv.bias[width:].to(out.dtype)
         return self.proj(out).view(num_tokens, batch, width).transpose(0, 1)
 

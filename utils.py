@@ -136,6 +136,22 @@ def total(value: int, device: torch.device) -> int:
     return int(summed)
 
 
+def mean_and_deviation(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of the values of all ranks together, float64 [] on the device.
+
+    Two passes, so that a mean much larger than the deviation costs no digits. Every rank has to call it.
+    """
+    values = values.double()
+    count_and_sum = torch.stack([values.new_full((), values.numel()), values.sum()])
+    if dist.is_initialized():
+        dist.all_reduce(count_and_sum)
+    count, mean = count_and_sum[0], count_and_sum[1] / count_and_sum[0]
+    squares = (values - mean).square().sum()
+    if dist.is_initialized():
+        dist.all_reduce(squares)
+    return mean, (squares / (count - 1).clamp(min=1)).sqrt()
+
+
 def barrier() -> None:
     """Waits for all processes."""
     if dist.is_initialized():
@@ -148,10 +164,19 @@ def log(message: str) -> None:
         print(message, flush=True)
 
 
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def seed_everything(seed: int, rank: int | None = None) -> None:
+    """Seeds Python's, numpy's and torch's generators: without rank alike on all ranks, with it each pair (seed, rank)
+    gets streams of its own. With seed + rank, rank 1 of seed 0 would draw what rank 0 of seed 1 draws."""
+    if rank is None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        return
+    # spawn_key: a seed of several 32-bit words cannot run into the rank, as it could in SeedSequence([seed, rank])
+    words = np.random.SeedSequence(seed, spawn_key=(rank,)).generate_state(8)
+    random.seed(words[:4].tobytes())
+    np.random.seed(words[:4])
+    torch.manual_seed(int.from_bytes(words[4:6].tobytes(), "little"))
 
 
 def rng_state(device: torch.device) -> list[dict]:

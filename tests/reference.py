@@ -173,9 +173,15 @@ def time_attention(y: Tensor, own: Tensor, w_q: Tensor, b_q: Tensor | None, w_k:
 
 
 def trajectory_attention_at_once(
-    x: Tensor, state: dict[str, Tensor], num_heads: int, num_frames: int, project_value=True, num_landmarks=None
+    x: Tensor,
+    state: dict[str, Tensor],
+    num_heads: int,
+    num_frames: int,
+    project_value=True,
+    num_landmarks=None,
+    landmark_gradient=False,
 ) -> Tensor:
-    """trajectory_attention, x float64."""
+    """trajectory_attention, x float64. landmark_gradient: landmarks are queries to autograd, not constants."""
     width = x.shape[-1]
     own = torch.arange(num_frames).repeat_interleave(x.shape[1] // num_frames)
     bias_v = state["proj_kv.bias"][width:] if project_value and "proj_kv.bias" in state else 0
@@ -189,6 +195,7 @@ def trajectory_attention_at_once(
         if num_landmarks is not None:
             index = [greedy_landmarks(head.detach(), num_landmarks) for head in q.unbind(1)]
             asking = torch.stack([head[i] for head, i in zip(q.unbind(1), index, strict=True)], dim=1)  # [R, h, d]
+            asking = asking if landmark_gradient else asking.detach()
         weights = torch.einsum("nhd,tshd->nhts", asking, k).div(math.sqrt(q.shape[-1])).softmax(dim=-1)
         y = torch.einsum("nhts,tshd->tnhd", weights, v)
         if num_landmarks is not None:
@@ -267,12 +274,14 @@ def running_cell(masked: list[int], grid: tuple[int, int, int], ratio: float, st
     return sorted(token for _, _, token in sorted(order)[: len(masked) - int(ratio * len(masked))])
 
 
-def tats_attention(kind: str, num_heads: int, num_frames: int, num_landmarks: int):
+def tats_attention(kind: str, num_heads: int, num_frames: int, num_landmarks: int, landmark_gradient: bool = False):
     """attention(x, its state) of block, by the names of --tats_attention."""
     if kind == "mha":
         return lambda x, state: self_attention(x, state, num_heads)
     landmarks = num_landmarks if kind == "orthoformer" else None
-    return lambda x, state: trajectory_attention_at_once(x, state, num_heads, num_frames, num_landmarks=landmarks)
+    return lambda x, state: trajectory_attention_at_once(
+        x, state, num_heads, num_frames, num_landmarks=landmarks, landmark_gradient=landmark_gradient
+    )
 
 
 class PlainTraining:
@@ -321,7 +330,9 @@ class PlainTraining:
         tokens = embed((pixels - 0.5) / 0.5, self.mae)
         log_prob = None
         if args.mask_type == "tats":
-            attention = tats_attention(args.tats_attention, self.heads[0], self.grid[0], args.num_landmarks)
+            attention = tats_attention(
+                args.tats_attention, self.heads[0], self.grid[0], args.num_landmarks, args.landmark_gradient
+            )
             log_prob, value = tats(tokens, self.sampler, attention)
         elif args.mask_type == "adamae":
             x = tokens + self.sampler["pos_embed_probs"]

@@ -54,7 +54,7 @@ ALLOWED = {
         "modeling_adamae",
         "modeling_pretrain",
     },
-    "engine_for_tats": {"backend", "engine_for_pretraining", "epoch_runner", "masking_generator", "ppo"},
+    "engine_for_tats": {"backend", "engine_for_pretraining", "epoch_runner", "masking_generator", "ppo", "utils"},
     "engine_for_finetuning": {"backend", "datasets.decoding", "datasets.transforms", "epoch_runner", "utils"},
     "reports": set(),
     "tools.common": {"datasets.decoding", "datasets.lists", "utils"},

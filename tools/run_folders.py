@@ -14,8 +14,9 @@ PRETRAINING, SCRATCH = "pre-training", "scratch"
 KINDS = ("fine-tuning", "linear probe", "attentive probe")  # what yields accuracies
 UNREAD = "-"  # the value of a flag that a run's method does not read
 READ_BY = dict.fromkeys(
-    "tats_attention tats_blocks num_landmarks softmax_temp tats_logit_cap tats_lr tats_eps tats_start_epoch "
-    "tats_rollout_steps ppo_epochs ppo_clip policy_coef value_coef entropy_coef normalize_advantage".split(),
+    "tats_attention tats_blocks num_landmarks landmark_gradient softmax_temp tats_logit_cap tats_lr tats_eps "
+    "tats_start_epoch tats_rollout_steps ppo_epochs ppo_clip policy_coef value_coef entropy_coef "
+    "normalize_advantage".split(),
     "tats",
 ) | {"adamae_coef": "adamae"}  # fmt: skip
 # May differ unmentioned: what run_common.FREE_ON_RESUME holds, device, pictures. Rows tell data_path and seed; where
