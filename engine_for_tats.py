@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 import ppo
 from backend import Backend
 from engine_for_pretraining import PretrainRecipe, masked_error, sampler_metrics, to_device
 from epoch_runner import EpochRunner
 from masking_generator import motion_energy, motion_lift, texture_energy
-from utils import sum_over_ranks
+from utils import mean_and_deviation
 
 
 @dataclass
@@ -22,7 +23,12 @@ class PPOSettings:
     policy_coef: float = 1e-4
     value_coef: float = 1e-4
     entropy_coef: float = 1e-4
-    normalize_advantage: bool = False  # over all clips of an optimizer step of TATS
+    normalize_advantage: bool = False  # over all clips of an optimizer step: of its micro-batches, on all ranks
+
+    def one_pass(self, accum_iter: int) -> bool:
+        """Whether one forward pass of TATS serves both phases: the policy does not move between them, and the advantage
+        does not wait for the rewards of later micro-batches."""
+        return self.rollout_steps == self.epochs == 1 and not (self.normalize_advantage and accum_iter > 1)
 
 
 def train_one_epoch(
@@ -31,14 +37,12 @@ def train_one_epoch(
     """Alternates phase 1 (MAE step on TATS's masks, episodes recorded) and phase 2 (TATS steps); returns epoch means.
 
     With k = 1 and one pass the policy of phase 2 is the recorded one, so the forward pass of phase 1 keeps its graph
-    and serves both: the same gradient for one forward pass less. Phase 2 never runs the MAE. Advantages that are
-    normalised over accumulated micro-batches are known only after the last one: then phase 2 comes after it.
+    and serves both: the same gradient for one forward pass less (PPOSettings.one_pass). Phase 2 never runs the MAE.
     """
     mae.raw.train()
     tats.raw.train()
     runner = EpochRunner(recipe, mae, epoch, tats)
-    waits = settings.normalize_advantage and tats.accum_iter > 1
-    one_pass = settings.rollout_steps == settings.epochs == 1 and not waits
+    one_pass = settings.one_pass(tats.accum_iter)
     buffer: list[ppo.Episode] = []
     error_of = mae.compiled(masked_error)
     for index, step, batch in runner.batches(loader):
@@ -73,7 +77,8 @@ def train_one_epoch(
             **sampler_metrics(mask, error, texture),
         )
         if one_pass:
-            _update(tats, mask.log_prob, mask.value, episode, settings, _scale([episode], settings), runner)
+            moments = _advantage_moments([episode]) if settings.normalize_advantage else None
+            _update(tats, mask.log_prob, mask.value, episode, moments, settings, runner)
         else:
             buffer.append(episode)
             full = len(buffer) == settings.rollout_steps * mae.accum_iter
@@ -87,21 +92,28 @@ def train_one_epoch(
 def _phase_two(tats: Backend, buffer: list[ppo.Episode], settings: PPOSettings, runner: EpochRunner) -> None:
     """settings.epochs passes over the recorded micro-batches with the current policy."""
     steps = [buffer[i : i + tats.accum_iter] for i in range(0, len(buffer), tats.accum_iter)]
-    scales = [_scale(episodes, settings) for episodes in steps]
+    moments = [_advantage_moments(episodes) if settings.normalize_advantage else None for episodes in steps]
     for _ in range(settings.epochs):
-        for episodes, scale in zip(steps, scales, strict=True):
+        for episodes, moments_of_step in zip(steps, moments, strict=True):
             for episode in episodes:
                 with tats.autocast():
                     mask = tats.module(None, None, episode.tokens)
-                _update(tats, mask.log_prob, mask.value, episode, settings, scale, runner)
+                _update(tats, mask.log_prob, mask.value, episode, moments_of_step, settings, runner)
 
 
-def _scale(episodes: list[ppo.Episode], settings: PPOSettings) -> tuple | None:
-    return ppo.step_scale(episodes, sum_over_ranks) if settings.normalize_advantage else None
+def _advantage_moments(episodes: list[ppo.Episode]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the advantages of one optimizer step: its micro-batches here and on the other ranks."""
+    return mean_and_deviation(torch.cat([ppo.advantage(episode.reward, episode.value) for episode in episodes]))
 
 
 def _update(
-    tats: Backend, log_prob, value, episode: ppo.Episode, settings: PPOSettings, scale, runner: EpochRunner
+    tats: Backend,
+    log_prob: Tensor,
+    value: Tensor,
+    episode: ppo.Episode,
+    moments: tuple[Tensor, Tensor] | None,
+    settings: PPOSettings,
+    runner: EpochRunner,
 ) -> None:
     loss, diagnostics = ppo.sampling_loss(
         log_prob,
@@ -111,7 +123,7 @@ def _update(
         policy_coef=settings.policy_coef,
         value_coef=settings.value_coef,
         entropy_coef=settings.entropy_coef,
-        scale=scale,
+        moments=moments,
     )
     tats.backward(loss)
     runner.metrics.update(**diagnostics)

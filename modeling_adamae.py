@@ -1,12 +1,11 @@
 """AdaMAE's adaptive sampler (Bandara 2023, arXiv 2211.09120) and its joint training with the MAE."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from masking_generator import Mask, MaskSampler
-from modeling_finetune import Block
+from modeling_finetune import Block, zero_gradient
 from modeling_tats import draw
 
 
@@ -37,16 +36,15 @@ class AdaMAESampler(MaskSampler):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        zero_gradient(self.get_token_probs[-1].bias)
 
     def draw_mask(self, video: Tensor, seed: Tensor | None, tokens: Tensor) -> Mask:
         x = tokens + self.pos_embed_probs
-        block, head = self.get_token_probs
         if self.use_checkpoint and torch.is_grad_enabled():
-            x = checkpoint(block, x, use_reentrant=False)
+            x = checkpoint(self.get_token_probs, x, use_reentrant=False)
         else:
-            x = block(x)
-        # the head's bias falls out of the softmax: times 0 its gradient is 0 and not rounding errors
-        logits = (F.linear(x, head.weight) + 0 * head.bias).squeeze(-1).float()
+            x = self.get_token_probs(x)
+        logits = x.squeeze(-1).float()
         log_prob = torch.log_softmax(logits, dim=-1)
         return Mask(*draw(log_prob, self.num_visible, seed), log_prob)
 

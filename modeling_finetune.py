@@ -60,6 +60,22 @@ def is_sinusoid_encoding_table(table: Tensor) -> bool:
     return torch.allclose(value, fixed, rtol=0, atol=max([1e-4, *(torch.finfo(kind).eps for kind in halves)]))
 
 
+def zero_gradient(parameter: nn.Parameter, size: int | None = None) -> None:
+    """Makes the gradient of a parameter, or of its first size elements, exactly 0.
+
+    For a bias that a softmax cannot see, because it adds the same to every score. Its computed gradient is rounding
+    noise, and Adam with a tiny eps moves by its learning rate whatever the gradient's size. It stays a parameter, so
+    that checkpoints and optimizer states have the same entries as before.
+    """
+
+    def zeroed(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        gradient[:size] = 0
+        return gradient
+
+    parameter.register_hook(zeroed)
+
+
 class PatchEmbed(nn.Module):
     """Tubelets of tubelet_size x patch x patch pixels to tokens; the weights are those of a strided Conv3d."""
 
@@ -314,6 +330,7 @@ class Probe(nn.Module):
         else:
             heads = encoder.blocks[0].attn.num_heads
             self.pool = AttentionPoolLatent(width, num_heads=heads, norm_layer=LAYER_NORM)
+            zero_gradient(self.pool.kv.bias, width)  # of the keys
         self.head = nn.Linear(width, num_classes)
         trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from masking_generator import Mask, MaskSampler, gumbel_noise, split_by_score
-from modeling_finetune import LAYER_NORM, Attention, get_sinusoid_encoding_table
+from modeling_finetune import LAYER_NORM, Attention, get_sinusoid_encoding_table, zero_gradient
 from trajectory_attention import TrajectoryAttention
 
 ATTENTIONS = ("orthoformer", "trajectory", "mha")
@@ -17,10 +17,18 @@ class TATSBlock(nn.Module):
     """Pre-norm residual block: attention over the clip, then an MLP of ratio 4. No dropout: a PPO ratio compares the
     same function of the parameters before and after an update.
 
-    use_checkpoint: the backward pass computes trajectory tokens and the MLP again instead of storing them."""
+    use_checkpoint: the backward pass computes trajectory tokens and the MLP again instead of storing them.
+    landmark_gradient: of Orthoformer, see TrajectoryAttention."""
 
-    def __init__(self, dim: int, num_heads: int, attention: str, num_landmarks: int, use_checkpoint: bool = False,
-                 landmark_gradient: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        attention: str,
+        num_landmarks: int,
+        use_checkpoint: bool = False,
+        landmark_gradient: bool = False,
+    ):
         super().__init__()
         self.use_checkpoint = use_checkpoint
         self.norm1 = LAYER_NORM(dim)
@@ -43,8 +51,8 @@ class TATSBlock(nn.Module):
         return self._stored_or_not(self._mix, self.attend(x, num_frames))
 
     def score(self, x: Tensor, num_frames: int, head: nn.Linear) -> Tensor:
-        """head(forward(x)) for a head of one output, but for a constant, float32 [B, N]: the MLP's second matrix is
-        folded into the head, D*4D products a clip instead of N*4D*D."""
+        """head(forward(x)) for a head of one output, float32 [B, N]: the MLP's second matrix is folded into the head,
+        D*4D products a clip instead of N*4D*D."""
         return self._stored_or_not(self._mix_and_score, self.attend(x, num_frames), head)
 
     def _stored_or_not(self, function, x: Tensor, *arguments) -> Tensor:
@@ -58,10 +66,8 @@ class TATSBlock(nn.Module):
     def _mix_and_score(self, x: Tensor, head: nn.Linear) -> Tensor:
         hidden = self.mlp.act(self.mlp.fc1(self.norm2(x)))
         folded = head.weight @ self.mlp.fc2.weight  # [1, 4D]
-        # The two biases add the same to every token's logit and fall out of the softmax. Times 0 their gradient is 0,
-        # not rounding errors, by which Adam with a small eps would move them; and DDP sees every parameter used.
-        nothing = 0 * F.linear(self.mlp.fc2.bias, head.weight.detach(), head.bias)
-        return (F.linear(x, head.weight).float() + F.linear(hidden, folded).float() + nothing).squeeze(-1)
+        bias = F.linear(self.mlp.fc2.bias, head.weight, head.bias)
+        return (F.linear(x, head.weight).float() + F.linear(hidden, folded).float() + bias).squeeze(-1)
 
 
 class TATS(MaskSampler):
@@ -110,6 +116,8 @@ class TATS(MaskSampler):
         for head in (self.actor, self.critic[-1]):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+        for bias in (self.actor.bias, self.blocks[-1].mlp.fc2.bias):  # both add the same to every logit
+            zero_gradient(bias)
 
     @torch.no_grad()
     def trajectory_of(self, tokens: Tensor, token: int) -> Tensor:

@@ -23,12 +23,16 @@ class Episode(NamedTuple):
     value: Tensor  # [B], the critic's estimate when the mask was drawn
 
 
-def advantage(reward: Tensor, value: Tensor, scale: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """A_i = R_i - V [B, N_m], without gradient; scale: mean and deviation to normalise them by (see step_scale)."""
+def advantage(reward: Tensor, value: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """A_i = R_i - V [B, N_m], without gradient.
+
+    moments: mean and deviation of the advantages of the whole optimizer step, all micro-batches of all ranks, which
+    become 0 and 1. A batch's own would make the update depend on how its clips are shared out.
+    """
     advantages = (reward - value.unsqueeze(1)).detach()
-    if scale is not None:
-        mean, deviation = scale
-        advantages = (advantages - mean) / (deviation + 1e-8)
+    if moments is not None:
+        mean, deviation = moments
+        advantages = ((advantages - mean) / (deviation + 1e-8)).to(reward.dtype)
     return advantages
 
 
@@ -80,17 +84,17 @@ def sampling_loss(
     policy_coef: float = 1e-4,
     value_coef: float = 1e-4,
     entropy_coef: float = 1e-4,
-    scale: tuple[Tensor, Tensor] | None = None,
+    moments: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 8: L_sampling = -(c_p L_clip - c_v L_value + c_e H) of the current policy on a recorded batch.
 
-    scale: normalises the advantages, see step_scale.
+    moments: see advantage; None leaves the advantages as they are.
     Returns the loss and 0-d diagnostics without gradient. approx_kl is mean((r - 1) - log r) over the masked tokens,
     nonnegative (Schulman, "Approximating KL Divergence", 2020); clip_fraction the share of ratios outside the clip.
     """
     log_ratio = log_prob.gather(1, episode.masked) - episode.old_log_prob
     ratio = log_ratio.exp()
-    objective = clipped_objective(ratio, advantage(episode.reward, episode.value, scale), clip)
+    objective = clipped_objective(ratio, advantage(episode.reward, episode.value, moments), clip)
     critic_loss = value_loss(value, episode.reward)
     bonus = entropy(log_prob)
     loss = -(policy_coef * objective - value_coef * critic_loss + entropy_coef * bonus)

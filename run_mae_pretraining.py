@@ -153,7 +153,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--tats_blocks", default=1, type=int, help="transformer blocks of TATS")
     group.add_argument("--num_landmarks", default=128, type=int, help="Orthoformer landmarks a head")
     group.add_argument("--landmark_gradient", default=False, action=SWITCH,
-                       help="of Orthoformer: W_q learns through the landmarks too (Motionformer: no)")  # fmt: skip
+                       help="train W_q through the landmarks too; Motionformer's code does not")  # fmt: skip
     group.add_argument("--softmax_temp", default=1.0, type=float, help="temperature of TATS's token probabilities")
     group.add_argument("--tats_logit_cap", default=0.0, type=float,
                        help="C > 0 bounds TATS's logits to +-C, lest it collapse; 0: none, as the paper")  # fmt: skip
@@ -172,7 +172,8 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--value_coef", default=1e-4, type=float, help="c_v")
     group.add_argument("--entropy_coef", default=1e-4, type=float, help="c_e")
     group.add_argument("--normalize_advantage", default=False, action=SWITCH,
-                       help="to mean 0, deviation 1 over all clips of a step, of all processes")  # fmt: skip
+                       help="to mean 0, deviation 1 over an optimizer step: all ranks, all micro-batches (with "
+                       "--accum_iter above 1 this costs one more forward pass of TATS)")  # fmt: skip
 
     add_optimizer_flags(parser)
 

@@ -76,14 +76,12 @@ def summarize_frames(
 ) -> tuple[Tensor, Tensor]:
     """R landmarks L of the queries, [B*h, R, d], and what they find in a frame, softmax(L k_t') v_t [B*h, R, t, d].
 
-    Landmarks are constants, as in Motionformer's released code; landmark_gradient: W_q learns through them too.
+    The landmarks are constants for the backward pass, as in Motionformer's released code; with landmark_gradient they
+    are the queries themselves, and W_q is trained through them too.
     """
     index = orthogonal_landmarks(q.detach(), num_landmarks)
-    landmarks = (
-        (q if landmark_gradient else q.detach())
-        .gather(2, index.unsqueeze(-1).expand(-1, -1, -1, q.shape[-1]))
-        .flatten(0, 1)
-    )
+    source = q if landmark_gradient else q.detach()
+    landmarks = source.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, q.shape[-1])).flatten(0, 1)
     every_frame = landmarks.expand(num_frames, -1, -1, -1)
     found = F.scaled_dot_product_attention(every_frame, _by_frame(k, num_frames), _by_frame(v, num_frames))
     return landmarks, found.permute(1, 2, 0, 3).contiguous()
@@ -103,7 +101,7 @@ def orthoformer_tokens(
 ) -> Tensor:
     """Eq. 1 through R landmarks shared by all frames, linear in N: y~_t' = softmax(q L') softmax(L k_t'') v_t'.
 
-    Shapes as trajectory_tokens, with n = N.
+    Shapes as trajectory_tokens, with n = N; landmark_gradient as in summarize_frames.
     """
     return tokens_by_landmarks(q, *summarize_frames(q, k, v, num_frames, num_landmarks, landmark_gradient))
 
@@ -182,10 +180,13 @@ def _pieces(y: Tensor, heads: int) -> list[slice]:
 class TrajectoryAttention(nn.Module):
     """forward(x [B, N, D], num_frames) -> [B, N, D]. Parameter names are those of Motionformer's layer.
 
-    approx: "none" (exact) or "orthoformer"; landmark_gradient: see summarize_frames. project_value=False leaves out
-    W_v2 of eq. 2, as Motionformer's released code does (the equation has it): only for weights trained that way.
+    approx: "none" (exact) or "orthoformer". project_value=False leaves out W_v2 of eq. 2, as Motionformer's released
+    code does (the equation has it): only for weights trained that way. landmark_gradient: see summarize_frames.
     recompute (attribute): the backward pass computes the trajectory tokens again, a few frames of queries at a time, so
     that t*N*D values are never stored.
+
+    The biases of the keys are kept, because checkpoints have them, but never added: they add the same to every score of
+    a softmax. Their gradient is exactly 0; computed, it would be rounding noise, which Adam with a tiny eps follows.
     Raises ValueError where N is no multiple of num_frames.
     """
 
@@ -211,12 +212,10 @@ class TrajectoryAttention(nn.Module):
         x = x.transpose(0, 1).flatten(0, 1)  # [N*B, D]
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # here, lest each of the three products keep its own copy
-        # A key's bias adds the same to every score of a query and falls out of the softmax: added here, it would get
-        # a gradient of rounding errors, and Adam with a small eps would move it by them.
-        q_bias, _, v_bias = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        bias_q, _, bias_v = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
         q, k, v = (
             F.linear(x, weight, bias).view(1, num_tokens, batch * self.num_heads, -1).transpose(1, 2)
-            for weight, bias in zip(self.qkv.weight.chunk(3), (q_bias, None, v_bias), strict=True)
+            for weight, bias in zip(self.qkv.weight.chunk(3), (bias_q, None, bias_v), strict=True)
         )  # each [1, B*h, N, d]
         if self.approx == "none":
             context = (k, v)
@@ -234,7 +233,7 @@ class TrajectoryAttention(nn.Module):
             else:
                 out.append(self._attend(*arguments))
         out = torch.cat(out)
-        if self.project_value and self.proj_kv.bias is not None:  # the key's adds the same to every frame's score
+        if self.project_value and self.proj_kv.bias is not None:
             out = out + self.proj_kv.bias[width:].to(out.dtype)
         return self.proj(out).view(num_tokens, batch, width).transpose(0, 1)
 

@@ -136,13 +136,20 @@ def total(value: int, device: torch.device) -> int:
     return int(summed)
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum over all ranks, on the device; the host does not wait."""
-    if not dist.is_initialized():
-        return value
-    value = value.clone()
-    dist.all_reduce(value)
-    return value
+def mean_and_deviation(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of the values of all ranks together, float64 [] on the device.
+
+    Two passes, so that a mean much larger than the deviation costs no digits. Every rank has to call it.
+    """
+    values = values.double()
+    count_and_sum = torch.stack([values.new_full((), values.numel()), values.sum()])
+    if dist.is_initialized():
+        dist.all_reduce(count_and_sum)
+    count, mean = count_and_sum[0], count_and_sum[1] / count_and_sum[0]
+    squares = (values - mean).square().sum()
+    if dist.is_initialized():
+        dist.all_reduce(squares)
+    return mean, (squares / (count - 1).clamp(min=1)).sqrt()
 
 
 def barrier() -> None:
@@ -171,12 +178,18 @@ def picture_text(text: str) -> str:
 
 
 def seed_everything(seed: int, rank: int | None = None) -> None:
-    """rank: streams that no other rank of any other seed has (seed + rank would share them)."""
-    if rank is not None:
-        seed = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    """Seeds Python's, numpy's and torch's generators: without rank alike on all ranks, with it each pair (seed, rank)
+    gets streams of its own. With seed + rank, rank 1 of seed 0 would draw what rank 0 of seed 1 draws."""
+    if rank is None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        return
+    # spawn_key: a seed of several 32-bit words cannot run into the rank, as it could in SeedSequence([seed, rank])
+    words = np.random.SeedSequence(seed, spawn_key=(rank,)).generate_state(8)
+    random.seed(words[:4].tobytes())
+    np.random.seed(words[:4])
+    torch.manual_seed(int.from_bytes(words[4:6].tobytes(), "little"))
 
 
 def rng_state(device: torch.device) -> list[dict]:

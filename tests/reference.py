@@ -181,7 +181,7 @@ def trajectory_attention_at_once(
     num_landmarks=None,
     landmark_gradient=False,
 ) -> Tensor:
-    """trajectory_attention, x float64. Landmarks are constants but with landmark_gradient."""
+    """trajectory_attention, x float64. landmark_gradient: landmarks are queries to autograd, not constants."""
     width = x.shape[-1]
     own = torch.arange(num_frames).repeat_interleave(x.shape[1] // num_frames)
     bias_v = state["proj_kv.bias"][width:] if project_value and "proj_kv.bias" in state else 0
@@ -274,12 +274,14 @@ def running_cell(masked: list[int], grid: tuple[int, int, int], ratio: float, st
     return sorted(token for _, _, token in sorted(order)[: len(masked) - int(ratio * len(masked))])
 
 
-def tats_attention(kind: str, num_heads: int, num_frames: int, num_landmarks: int):
+def tats_attention(kind: str, num_heads: int, num_frames: int, num_landmarks: int, landmark_gradient: bool = False):
     """attention(x, its state) of block, by the names of --tats_attention."""
     if kind == "mha":
         return lambda x, state: self_attention(x, state, num_heads)
     landmarks = num_landmarks if kind == "orthoformer" else None
-    return lambda x, state: trajectory_attention_at_once(x, state, num_heads, num_frames, num_landmarks=landmarks)
+    return lambda x, state: trajectory_attention_at_once(
+        x, state, num_heads, num_frames, num_landmarks=landmarks, landmark_gradient=landmark_gradient
+    )
 
 
 class PlainTraining:
@@ -301,7 +303,8 @@ class PlainTraining:
         for name, p in state.items():
             groups[self.args.weight_decay if p.dim() > 1 and name != "mask_token" else 0.0].append(p)
         groups = [dict(params=params, weight_decay=decay) for decay, params in groups.items()]
-        return torch.optim.AdamW(groups, lr=lr, eps=eps, foreach=False, fused=False)
+        betas = self.args.opt_betas or (0.9, 0.999)
+        return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, foreach=False, fused=False)
 
     def _update(self, optimizer, loss: Tensor, clip_grad: float | None) -> float:
         optimizer.zero_grad()
@@ -328,8 +331,10 @@ class PlainTraining:
         tokens = embed((pixels - 0.5) / 0.5, self.mae)
         log_prob = None
         if args.mask_type == "tats":
-            attention = tats_attention(args.tats_attention, self.heads[0], self.grid[0], args.num_landmarks)
-            log_prob, value = tats(tokens, self.sampler, attention)
+            attention = tats_attention(
+                args.tats_attention, self.heads[0], self.grid[0], args.num_landmarks, args.landmark_gradient
+            )
+            log_prob, value = tats(tokens, self.sampler, attention, args.softmax_temp)
         elif args.mask_type == "adamae":
             x = tokens + self.sampler["pos_embed_probs"]
             x = block(x, inner(self.sampler, "get_token_probs.0"), lambda y, s: self_attention(y, s, 8), 1e-5)
@@ -351,7 +356,10 @@ class PlainTraining:
         logged["grad_norm"] = self._update(self.optimizer, error.mean(), args.clip_grad)
         if args.mask_type == "tats":  # the policy is the recorded one: ratios are 1, and nothing is clipped
             drawn = log_prob.gather(1, masked)
-            objective = ((drawn - drawn.detach()).exp() * (reward - value.detach().unsqueeze(1))).mean()
+            advantage = reward - value.detach().unsqueeze(1)
+            if args.normalize_advantage:
+                advantage = (advantage - advantage.mean()) / advantage.std()
+            objective = ((drawn - drawn.detach()).exp() * advantage).mean()
             value_loss = (value - reward.mean(dim=1)).square().mean()
             entropy = -(log_prob.exp() * log_prob).sum(dim=1).mean()
             loss = -(args.policy_coef * objective - args.value_coef * value_loss + args.entropy_coef * entropy)

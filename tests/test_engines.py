@@ -95,10 +95,20 @@ def naive_tats(mae, tats, batches, settings: PPOSettings, accum_iter: int):
                 phi.zero_grad()
             losses.append(loss.item())
             episodes.append((tokens, mask.masked, mask.log_prob.gather(1, mask.masked), error.detach(), mask.value))
+        moments = {}  # of the advantages of each optimizer step of theta, in plain numbers
+        for first in range(0, len(episodes), accum_iter):
+            step = episodes[first : first + accum_iter]
+            flat = [r - v for *_, reward, value in step for row, v in zip(reward.tolist(), value.tolist(), strict=True)
+                    for r in row]  # fmt: skip
+            mean = math.fsum(flat) / len(flat)
+            moments[first] = mean, math.sqrt(math.fsum((a - mean) ** 2 for a in flat) / (len(flat) - 1))
         for _ in range(settings.epochs):
             for index, (tokens, masked, old, reward, old_value) in enumerate(episodes):
                 new = tats(None, None, tokens)
                 advantage = reward - old_value[:, None]
+                if settings.normalize_advantage:
+                    mean, deviation = moments[index - index % accum_iter]
+                    advantage = (advantage - mean) / deviation
                 ratio = (new.log_prob.gather(1, masked) - old).exp()
                 clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)
                 objective = torch.min(ratio * advantage, clipped * advantage).mean()
@@ -117,14 +127,16 @@ def assert_same_weights(one, other):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
-    "rollout,passes,accum_iter", [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 3, 1), (3, 2, 1), (1, 2, 2)]
+    "rollout,passes,accum_iter", [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 3, 1), (3, 2, 1), (1, 2, 2), (3, 1, 2)]
 )
-def test_tats_engine_is_algorithm_1(rollout, passes, accum_iter):
-    """(1, 1) is the one-pass form: same weights as with the policy asked again in phase 2."""
+def test_tats_engine_is_algorithm_1(rollout, passes, accum_iter, normalize):
+    """(1, 1) is the one-pass form: same weights as with the policy asked again in phase 2. Advantages are normalised
+    over an optimizer step of TATS, which is accum_iter micro-batches, however many are recorded."""
     mae, tats = models(TATS)
     mae2, tats2 = copy.deepcopy(mae), copy.deepcopy(tats)
-    settings = PPOSettings(rollout_steps=rollout, epochs=passes)
+    settings = PPOSettings(rollout_steps=rollout, epochs=passes, normalize_advantage=normalize)
     stats = engine_for_tats.train_one_epoch(
         backend(mae, LR, accum_iter), backend(tats, TATS_LR, accum_iter), Batches(), recipe_for(mae, accum_iter),
         settings, epoch=0,
@@ -208,7 +220,11 @@ def test_training_that_stops_moving_is_said(monkeypatch):
         )
 
 
-def test_no_step_waits_for_the_device(monkeypatch):
+@pytest.mark.parametrize(
+    "settings,accum_iter",
+    [(PPOSettings(), 1), (PPOSettings(normalize_advantage=True), 1), (PPOSettings(normalize_advantage=True), 2)],
+)
+def test_no_step_waits_for_the_device(settings, accum_iter, monkeypatch):
     """Reading a tensor's value would: inside the steps of an epoch no .item(), .tolist(), bool() or float() happens."""
     mae, tats = models(TATS)
     reads = []
@@ -220,7 +236,7 @@ def test_no_step_waits_for_the_device(monkeypatch):
             return original(self, *args)
 
         monkeypatch.setattr(torch.Tensor, name, watched)
-    recipe = recipe_for(mae)
+    recipe = recipe_for(mae, accum_iter)
     recipe.print_freq = 1000
     counts = []
 
@@ -231,9 +247,9 @@ def test_no_step_waits_for_the_device(monkeypatch):
                 yield batch
 
     fused = dict(optimizer=torch.optim.AdamW, fused=True)
-    backends = backend(mae, 1e-3, **fused), backend(tats, 1e-3, **fused)
-    engine_for_tats.train_one_epoch(*backends, Counting(), recipe, PPOSettings(), epoch=0)
-    assert counts[-1] == counts[1], reads  # the first step may set things up, the last prints
+    backends = backend(mae, 1e-3, accum_iter, **fused), backend(tats, 1e-3, accum_iter, **fused)
+    engine_for_tats.train_one_epoch(*backends, Counting(), recipe, settings, epoch=0)
+    assert counts[-1] == counts[accum_iter], reads  # the first step may set things up, the last prints
 
 
 def test_sampler_steps_that_are_not_finite_are_counted_and_stop_training(monkeypatch):

@@ -425,7 +425,8 @@ ELSEWHERE = {
     "keep_last": "test_preemption.py", "picture_freq": "test_run_pretraining.py", "pin_mem": "test_datasets.py",
     "world_size": "test_launch.py", "local_rank": "test_launch.py", "dist_on_itp": "test_launch.py",
     "dist_url": "test_launch.py", "eval": "test_run_finetuning.py", "save_ckpt": "test_run_finetuning.py",
-    "allow_missing": "test_run_finetuning.py", "model_key": "test_run_finetuning.py",
+    "allow_missing": "test_run_finetuning.py", "finetune_sampler": "test_foreign_checkpoints.py",
+    "test_best": "test_published_protocol.py", "model_key": "test_run_finetuning.py",
     "model_prefix": "test_run_finetuning.py", "dist_eval": "test_run_finetuning.py",
 }  # fmt: skip
 
@@ -485,7 +486,7 @@ def test_validation_is_of_the_moving_average(tmp_path, monkeypatch):
         f"--data_path {shapes} --data_set custom --nb_classes 10 --model vit_tiny_patch8_64 --input_size 32 "
         "--num_frames 4 --sampling_rate 2 --batch_size 4 --num_sample 1 --num_workers 0 --device cpu --epochs 1 "
         "--warmup_epochs 0 --lr 0.5 --mixup 0 --cutmix 0 --init_scale 1 --model_ema --model_ema_decay 0.95 "
-        f"--output_dir {tmp_path / 'run'}"
+        f"--output_dir {tmp_path / 'run'} --no-test_best"
     ).split()
     run_class_finetuning.main(flags)
     (record,) = (json.loads(line) for line in (tmp_path / "run/log.txt").read_text().splitlines())

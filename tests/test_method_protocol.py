@@ -1,127 +1,267 @@
-"""Where the method follows published code, or must not depend on how a run is laid out."""
+"""The method as published where the paper leaves a choice: landmarks, random streams of ranks, what Adam must not move.
 
-import copy
+Normalised advantages: tests/test_engines.py, tests/test_distributed.py.
+"""
+
+import itertools
+import random
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import ppo
-from modeling_adamae import AdaMAESampler
-from modeling_tats import TATS
+from modeling_adamae import AdaMAE, AdaMAESampler, sampling_loss
+from modeling_finetune import Probe, VisionTransformer
+from modeling_pretrain import PretrainVisionTransformer, reconstruction_target, token_error
+from modeling_tats import ATTENTIONS, TATS
 from optim_factory import create_optimizer, parameter_groups
+from tests import reference
 from trajectory_attention import TrajectoryAttention
-from utils import seed_everything
+from utils import mean_and_deviation, seed_everything
 
-GRID = (3, 2, 2)
+torch.set_num_threads(1)
+
+# ------------------------------------------------------------------------------------------------------- landmarks
 
 
-def episodes_of(count: int, size: int = 3, masked: int = 5) -> list[ppo.Episode]:
+def attention_in_loops(x, state, num_frames, num_landmarks, detached):
+    """One clip [N, D], one head, of Orthoformer's layer by its definition: differentiable, with no fused kernel.
+
+    detached: the landmarks are constants, as after torch.no_grad in Motionformer's released code.
+    """
+    width = x.shape[1]
+    q, k, v = reference.linear(x, state, "qkv").split(width, dim=1)
+    picked = q[reference.greedy_landmarks(q.detach(), num_landmarks)]
+    picked = picked.detach() if detached else picked
+    share = (q @ picked.T / width**0.5).softmax(dim=1)
+    frames = zip(k.chunk(num_frames), v.chunk(num_frames), strict=True)
+    y = torch.stack([share @ ((picked @ k_t.T / width**0.5).softmax(dim=1) @ v_t) for k_t, v_t in frames], dim=1)
+    k2, v2 = reference.linear(y, state, "proj_kv").split(width, dim=2)
+    own = torch.arange(len(x)) // (len(x) // num_frames)
+    q2 = reference.linear(y[torch.arange(len(x)), own], state, "proj_q")
+    weights = ((k2 * q2[:, None]).sum(dim=2) / width**0.5).softmax(dim=1)
+    return reference.linear((weights[:, :, None] * v2).sum(dim=1), state, "proj")
+
+
+def make_layer(**kwargs):
     torch.manual_seed(0)
-    made = []
-    for i in range(count):
-        reward = torch.randn(size, masked, dtype=torch.float64) * (i + 1) + i
-        empty = torch.empty(0)
-        made.append(ppo.Episode(empty, empty, empty, reward, torch.randn(size, dtype=torch.float64)))
-    return made
+    layer = TrajectoryAttention(6, 1, True, "orthoformer", num_landmarks=3, **kwargs).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.6 if parameter.dim() == 2 else 1.0)
+    return layer, torch.randn(1, 12, 6, dtype=torch.float64)
 
 
-def test_scale_of_a_step_is_that_of_all_its_advantages():
-    """However they are cut into micro-batches; two ranks: each sums its part, the other's is added."""
-    episodes = episodes_of(4)
-    everything = np.concatenate([(e.reward - e.value[:, None]).numpy().ravel() for e in episodes])
-    mean, deviation = ppo.step_scale(episodes)
-    assert mean.item() == pytest.approx(everything.mean(), rel=1e-12)
-    assert deviation.item() == pytest.approx(everything.std(ddof=1), rel=1e-12)
-    joined = ppo.Episode(*episodes[0][:3], *(torch.cat([e[i] for e in episodes]) for i in (3, 4)))
-    torch.testing.assert_close(ppo.step_scale([joined]), (mean, deviation), rtol=1e-12, atol=0)
-    calls, ranks = [], (episodes[:1], episodes[1:])
-
-    def sums_of(part):  # what a rank contributes to each sum, given the mean of all
-        a = np.concatenate([(e.reward - e.value[:, None]).numpy().ravel() for e in part])
-        return [torch.tensor([a.sum(), a.size]), torch.tensor(((a - everything.mean()) ** 2).sum())]
-
-    def total(value):
-        calls.append(value)
-        return value + sums_of(ranks[1])[len(calls) - 1].to(value.dtype)
-
-    torch.testing.assert_close(ppo.step_scale(ranks[0], total), (mean, deviation), rtol=1e-12, atol=0)
+def gradients(output, layer):
+    parameters = dict(layer.named_parameters())
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return dict(zip(parameters, torch.autograd.grad(output, parameters.values(), weights), strict=True))
 
 
-@pytest.mark.parametrize("gradient", [False, True])
-def test_landmarks_carry_a_gradient_only_where_asked(gradient):
-    """With W_k = 0 the frames' softmaxes are uniform whatever the landmarks: then nothing but q's own side could learn,
-    and with one landmark (its softmax is 1) q has no side of its own."""
+def run_layer(layer, x, how):
+    if how == "compiled":
+        torch._dynamo.reset()
+        return torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")(x, 3)
+    layer.recompute = how == "recomputed"
+    return layer(x, 3)
+
+
+@pytest.mark.parametrize("how", ["plain", "recomputed", "compiled"])
+@pytest.mark.parametrize("kwargs, detached", [({}, True), (dict(landmark_gradient=True), False)])
+def test_landmarks_are_constants_unless_said_otherwise(kwargs, detached, how):
+    layer, x = make_layer(**kwargs)
+    output, state = run_layer(layer, x, how), dict(layer.named_parameters())
+    expected = attention_in_loops(x[0], state, 3, 3, detached)
+    torch.testing.assert_close(output[0], expected, rtol=1e-10, atol=1e-10)
+    found, right = gradients(output, layer), gradients(expected.unsqueeze(0), layer)
+    for name, gradient in right.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-10, msg=lambda text, n=name: f"{n} {text}")
+    other = gradients(attention_in_loops(x[0], state, 3, 3, not detached).unsqueeze(0), layer)["qkv.weight"][:6]
+    assert (other - found["qkv.weight"][:6]).norm() > 0.3 * other.norm()  # the choice matters to W_q
+
+
+# -------------------------------------------------------------------------------------------------- random streams
+
+SEEDS = [0, 1, 2, 3, 7, 41, 2**31, 2**32, 2**32 + 1, 2**33, 2**63 - 1]
+RANKS = [0, 1, 2, 3, 6, 7, 8, 63]
+
+
+def draws():
+    """Some numbers of each generator that training draws from."""
+    return (
+        tuple(torch.rand(4).tolist()),
+        tuple(np.random.rand(4).tolist()),
+        tuple(random.random() for _ in range(4)),
+    )
+
+
+def test_each_seed_and_rank_has_streams_of_its_own():
+    """seed + rank made rank 1 of seed 0 the same as rank 0 of seed 1."""
+    streams = {}
+    for pair in itertools.product(SEEDS, RANKS):
+        seed_everything(*pair)
+        streams[pair] = draws()
+    for seed in SEEDS[:7]:  # of the weights at the start, alike on all ranks; numpy and torch read 32 bits of it
+        seed_everything(seed)
+        streams[seed] = draws()
+    for numbers in zip(*streams.values(), strict=True):  # of one generator
+        assert len(set(numbers)) == len(streams)
+    seed_everything(3, 2)
+    assert draws() == streams[3, 2]
+
+
+# ---------------------------------------------------------------- a step's mean and deviation, ranks: test_distributed
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 1e4])
+def test_mean_and_deviation_keep_their_digits(mean):
+    values = mean + torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    found = mean_and_deviation(values)
+    exact = values.double().numpy()
+    assert [float(x) for x in found] == pytest.approx([exact.mean(), exact.std(ddof=1)], rel=1e-12)
+    assert [x.dtype for x in found] == [torch.float64] * 2
+
+
+# ------------------------------------------------------------------------------ what a softmax cannot see stays put
+
+GRID, DIM, BATCH = (3, 2, 2), 16, 2
+NUM_TOKENS = 12
+
+
+def make_mae():
+    return PretrainVisionTransformer(
+        img_size=8, patch_size=4, all_frames=6, encoder_embed_dim=DIM, encoder_depth=2, encoder_num_heads=2,
+        decoder_embed_dim=DIM, decoder_depth=1, decoder_num_heads=2, qkv_bias=True,
+    )  # fmt: skip
+
+
+def make_encoder(**kwargs):
+    return VisionTransformer(
+        img_size=8, patch_size=4, all_frames=6, embed_dim=DIM, depth=2, num_heads=2, qkv_bias=True, **kwargs
+    )
+
+
+def video_like(module):
+    video = torch.rand(BATCH, 3, 6, 8, 8, generator=torch.Generator().manual_seed(2))
+    return video.to(next(module.parameters()).dtype)
+
+
+def tats_loss(tats):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(BATCH, NUM_TOKENS, DIM, generator=generator).to(tats.actor.weight.dtype)
+    reward = torch.rand(BATCH, 9, generator=generator).to(tokens.dtype)
+    mask = tats(None, torch.arange(BATCH), tokens)
+    old = mask.log_prob.detach().gather(1, mask.masked)
+    episode = ppo.Episode(tokens, mask.masked, old, reward, mask.value.detach())
+    return ppo.sampling_loss(mask.log_prob, mask.value, episode)[0]
+
+
+def adamae_loss(model):
+    """With a weight of the sampling loss that shows in the sampler's gradients."""
+    video = video_like(model)
+    prediction, mask = model(video, torch.arange(BATCH))
+    error = token_error(prediction, reconstruction_target(video, mask, GRID, True), "mse")
+    return error.mean() + sampling_loss(mask, error, 1.0)
+
+
+def classifier_loss(model):
+    return F.cross_entropy(model(video_like(model)), torch.arange(BATCH))
+
+
+CASES = {
+    **{
+        f"tats {attention} {blocks} {cap}": (
+            lambda attention=attention, blocks=blocks, cap=cap: TATS(
+                GRID, 0.75, DIM, 2, attention, blocks, num_landmarks=4, logit_cap=cap
+            ),
+            tats_loss,
+            {"actor.bias", f"blocks.{blocks - 1}.mlp.fc2.bias"}
+            | (set() if attention == "mha" else {f"blocks.{i}.attn.{n}.bias" for i in range(blocks) for n in
+                                                 ("qkv", "proj_kv")}),
+        )
+        for attention, (blocks, cap) in itertools.product(ATTENTIONS, [(1, 0.0), (2, 2.0)])
+    },
+    "adamae": (
+        lambda: AdaMAE(make_mae(), AdaMAESampler(GRID, 0.75, DIM)), adamae_loss, {"sampler.get_token_probs.1.bias"}
+    ),
+    "classifier": (lambda: make_encoder(num_classes=5), classifier_loss, set()),
+    "attentive probe": (
+        lambda: Probe(make_encoder(num_classes=0, use_mean_pooling=False), "attentive", 5),
+        classifier_loss,
+        {"pool.kv.bias"},
+    ),
+}  # fmt: skip
+
+
+def make_case(name):
     torch.manual_seed(0)
-    layer = TrajectoryAttention(8, 2, True, "orthoformer", num_landmarks=1, landmark_gradient=gradient).double()
-    x = torch.randn(2, 12, 8, dtype=torch.float64)
-    layer(x, 3).square().sum().backward()
-    w_q = layer.qkv.weight.grad[:8]
-    assert bool(w_q.abs().max() > 1e-9) == gradient
+    model = CASES[name][0]()
+    for parameter in model.parameters():  # away from zeros, behind which all gradients are 0
+        noise = torch.randn(parameter.shape) * (0.3 if parameter.ndim == 1 else 1.5 * parameter[0].numel() ** -0.5)
+        parameter.data.add_(noise)
+    return model
 
 
-def gradients_in_float64(module, loss):
-    exact = copy.deepcopy(module).double()
-    loss(exact).backward()
-    return {name: p.grad for name, p in exact.named_parameters()}
+def float64_gradients(name):
+    """The model, and the size of every trained parameter's gradient before the model changes it. The critic is left
+    out: units of its ReLU that are off have none."""
+    model = make_case(name).double()
+    for parameter in model.parameters():
+        if parameter._backward_hooks:
+            parameter._backward_hooks.clear()
+    largest = {n: 0.0 for n, p in model.named_parameters() if p.requires_grad and not n.startswith("critic.")}
+    for draw in range(4):  # of AdaMAE's dropout: what it spares by chance has no gradient in that draw
+        torch.manual_seed(draw)
+        model.zero_grad()
+        CASES[name][1](model).backward()
+        largest = {n: p.grad.abs().clamp(min=largest[n]) for n, p in model.named_parameters() if n in largest}
+    return model, largest
 
 
-@pytest.mark.parametrize("attention", ["orthoformer", "trajectory", "mha"])
-@pytest.mark.parametrize("cap", [0.0, 2.0])
-def test_what_cannot_matter_does_not_move(attention, cap):
-    """AdamW with eps 1e-12 makes a full step of a gradient of rounding errors: parameters with an exact gradient of 0
-    have to stay where they are, to the bit, also where they are not zero, and the others move."""
-    torch.manual_seed(0)
-    tats = TATS(GRID, 0.5, 16, num_heads=2, attention=attention, num_landmarks=3, logit_cap=cap)
-    for parameter in tats.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    tokens = torch.randn(4, 12, 16)
-    masked = torch.stack([torch.randperm(12)[:6] for _ in range(4)])
-    reward = torch.rand(4, 6)
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_that_cannot_matter_do_not_move(name, monkeypatch):
+    """Elements whose gradient is 0 in exact arithmetic, rounding noise in float64: AdamW with --tats_eps 1e-12 moved
+    them by its learning rate in float32. All others move, as published."""
+    with monkeypatch.context() as exactly:
+        exactly.setattr(torch.Tensor, "float", torch.Tensor.double)  # of the logits
+        exact_model, exact = float64_gradients(name)
+        scale = max(gradient.max().item() for gradient in exact.values())
+        unseen = {n: gradient < 1e-13 * scale for n, gradient in exact.items()}
+        unseen = {n: elements for n, elements in unseen.items() if elements.any()}
+        assert unseen.keys() == CASES[name][2]
+        before = exact_model_output(name, exact_model)
+        with torch.no_grad():
+            for n, parameter in exact_model.named_parameters():
+                if n in unseen:
+                    parameter[unseen[n]] += 3.0
+        torch.testing.assert_close(exact_model_output(name, exact_model), before, rtol=1e-9, atol=1e-11)
 
-    def loss(module):
-        dtype = next(module.parameters()).dtype
-        mask = module(None, torch.arange(4), tokens.to(dtype))
-        old = mask.log_prob.detach().gather(1, masked)
-        episode = ppo.Episode(tokens, masked, old, reward.to(dtype), mask.value.detach())
-        return ppo.sampling_loss(mask.log_prob, mask.value, episode)[0]
-
-    exact = gradients_in_float64(tats, loss)
-    largest = max(g.abs().max() for g in exact.values() if g is not None)
-    before = {name: p.detach().clone() for name, p in tats.named_parameters()}
-    optimizer = create_optimizer(parameter_groups(tats, 0.0), lr=1e-3, eps=1e-12)
-    for _ in range(3):
-        loss(tats).backward()
+    model = make_case(name).train()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = create_optimizer(parameter_groups(model, 0.05), "adamw", lr=1e-3, eps=1e-12)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)  # older states load
+    for step in range(4):
+        torch.manual_seed(step)
+        CASES[name][1](model).backward()
         optimizer.step()
         optimizer.zero_grad()
-    still = 0
-    for name, parameter in tats.named_parameters():
-        moved = parameter.detach() != before[name]
-        silent = exact[name].abs() < 1e-9 * largest  # log_softmax is float32 by design: rounding of 1e-7 is left
-        if "norm" in name or name.startswith("critic"):
-            continue  # a ReLU that is off for all clips has an exact gradient of 0 now and another one later
-        assert not moved[silent].any(), name
-        still += int(silent.sum())
-    assert still >= (1 + 16 if attention == "mha" else 1 + 16 + 16)  # actor's bias, the last fc2's, the keys' in qkv
-    assert (tats.blocks[0].attn.qkv.weight != before["blocks.0.attn.qkv.weight"]).all()
+    for n, parameter in model.named_parameters():
+        if n in unseen:
+            assert torch.equal(parameter[unseen[n]], start[n][unseen[n]]), n
+        if n in exact and n not in unseen:
+            assert (parameter != start[n]).float().mean() > 0.9, n
 
 
-def test_adamaes_head_has_no_gradient_of_rounding_errors_in_its_bias():
-    torch.manual_seed(0)
-    sampler = AdaMAESampler(GRID, 0.5, 16, num_heads=2)
-    mask = sampler(None, torch.arange(2), torch.randn(2, 12, 16))
-    mask.log_prob.gather(1, mask.masked).mean().backward()
-    head = sampler.get_token_probs[1]
-    assert head.weight.grad.any() and not head.bias.grad.any()
-
-
-def test_every_rank_of_every_seed_has_streams_of_its_own():
-    drawn = {}
-    for seed in (0, 1, 2, 7, 8, 2**40, 2**63 - 1):
-        for rank in range(9):
-            seed_everything(seed, rank)
-            drawn[seed, rank] = torch.rand(4).tolist(), np.random.rand(4).tolist()
-            seed_everything(seed, rank)
-            assert drawn[seed, rank][0] == torch.rand(4).tolist()
-    for library in (0, 1):
-        assert len({tuple(numbers[library]) for numbers in drawn.values()}) == len(drawn)
+@torch.no_grad()
+def exact_model_output(name, model):
+    model.eval()
+    if name.startswith("tats"):
+        generator = torch.Generator().manual_seed(1)
+        mask = model(None, None, torch.randn(BATCH, NUM_TOKENS, DIM, generator=generator).double())
+        return torch.cat((mask.log_prob.flatten(), mask.value))
+    if name == "adamae":
+        return model(video_like(model), torch.arange(BATCH))[1].log_prob
+    return model(video_like(model))

@@ -32,6 +32,12 @@ def reference_loss(log_prob, value, episode, **kwargs):
     return reference.ppo_loss(log_prob, value, masked, old_log_prob, reward, old_value, **kwargs)
 
 
+def moments_of(episode):
+    """Mean and unbiased deviation of the advantages."""
+    advantages = torch.tensor([r - v for row, v in zip(episode.reward, episode.value, strict=True) for r in row])
+    return advantages.double().mean(), advantages.double().std()
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("clip", [0.05, 0.2, 10.0])
 @pytest.mark.parametrize(
@@ -41,8 +47,7 @@ def test_sampling_loss_equals_equations_7_and_8(coef, clip, normalize):
     batch = make_batch()
     names = ("policy_coef", "value_coef", "entropy_coef")
     coefs = dict(zip(names, coef, strict=True))
-    scale = ppo.step_scale([batch[2]]) if normalize else None
-    loss, _ = ppo.sampling_loss(*batch, clip=clip, scale=scale, **coefs)
+    loss, _ = ppo.sampling_loss(*batch, clip=clip, moments=moments_of(batch[2]) if normalize else None, **coefs)
     assert loss.item() == pytest.approx(reference_loss(*batch, clip=clip, coef=coef, normalize=normalize), rel=1e-12)
 
 
@@ -57,8 +62,9 @@ def test_sampling_loss_gradient_passes_a_finite_difference_check(normalize):
 
     def loss(log_prob, value):
         coef = dict(policy_coef=1.0, value_coef=0.7, entropy_coef=0.3)
-        scale = ppo.step_scale([episode]) if normalize else None
-        return ppo.sampling_loss(log_prob, value, episode, scale=scale, **coef)[0]
+        return ppo.sampling_loss(log_prob, value, episode, moments=moments_of(episode) if normalize else None, **coef)[
+            0
+        ]
 
     assert torch.autograd.gradcheck(loss, (log_prob.requires_grad_(), value.requires_grad_()))
 
@@ -93,7 +99,7 @@ def test_advantage_is_reward_above_the_critic_without_gradient():
 
 def test_normalised_advantages_have_zero_mean_and_unit_deviation():
     _, _, episode = make_batch()
-    advantages = ppo.advantage(episode.reward, episode.value, ppo.step_scale([episode]))
+    advantages = ppo.advantage(episode.reward, episode.value, moments_of(episode))
     assert advantages.mean().item() == pytest.approx(0, abs=1e-12) and advantages.std().item() == pytest.approx(1)
 
 

@@ -125,7 +125,7 @@ def test_another_number_of_clips_a_step_starts_the_epoch_over_once(shapes, tmp_p
     run(shapes, tmp_path, status=75)
     at_step(5, lambda runner: os.kill(os.getpid(), signal.SIGTERM))  # the second of four steps of epoch 1
     run(shapes, tmp_path, batch_size=7, status=75)
-    assert "it had 4 clips a step, this run has 7: epoch 1 starts over" in capsys.readouterr().out
+    assert "it had 4 videos a step, this run has 7: epoch 1 starts over" in capsys.readouterr().out
     run(shapes, tmp_path, batch_size=7)
     assert "resumed after 2 of 4 steps of epoch 1" in capsys.readouterr().out
     assert [record["epoch"] for record in log_of(tmp_path)] == [0, 1]
@@ -159,8 +159,8 @@ def test_all_that_an_epoch_counts_is_carried_over(shapes, tmp_path, at_step, mon
     lines = [f"{shapes.parent / line}" for line in shapes.read_text().splitlines()]
     data = tmp_path / "list.csv"
     data.write_text("\n".join([*lines[:22], f"{broken} 0", f"{broken} 0"]) + "\n")
-    flags = ["--accum_iter", "2", "--num_sample", "2", "--num_workers", "1", "--print_freq", "3", "--epochs", "2",
-             "--mask_type", "random"]  # fmt: skip
+    flags = ["--accum_iter", "2", "--num_sample", "2", "--batch_size", "2", "--num_workers", "1", "--print_freq", "3",
+             "--epochs", "2", "--mask_type", "random"]  # fmt: skip
     error = engine_for_pretraining.masked_error
     seen = []  # micro-batches, 12 an epoch, 6 steps; the third begins a step and ends a line of progress
 

@@ -65,6 +65,7 @@ def test_orthoformer_layer_equals_its_definition(num_landmarks, bias):
 
 @pytest.mark.parametrize("approx", ["none", "orthoformer"])
 def test_gradients_pass_a_finite_difference_check(approx):
+    """Of Orthoformer with the gradient through its landmarks: without, it is not that of the output."""
     layer = make_layer(4, 2, qkv_bias=True, approx=approx, num_landmarks=2, landmark_gradient=True)
     names = [name for name, _ in layer.named_parameters()]
     x = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
