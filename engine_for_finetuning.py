@@ -269,7 +269,10 @@ def store_features(probe: nn.Module, loader: Iterable, recipe: Recipe, amp: str,
             if not checked:
                 needed = features[0].numel() * features.element_size() * clips
                 free = available_memory()
-                if needed > 0.8 * free:
+                if free is None:
+                    gib = f"{needed / 2**30:.1f} GiB"
+                    log(f"the features of {clips} clips take {gib}; this system does not say what is free")
+                elif needed > 0.8 * free:
                     raise UsageError(
                         f"the features of {clips} clips take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free: "
                         "use --no-cache_features (the encoder then runs in every epoch), or a lower --num_sample"

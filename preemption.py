@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from utils import UsageError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows: one
 EXIT_STATUS = 75  # EX_TEMPFAIL: saved, start me again (scripts/slurm requeues on it)
 GO_ON, SAVE, STOP = range(3)
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -216,19 +215,29 @@ def set_rng_state(states: list[dict], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def available_memory() -> int:
+def available_memory() -> int | None:
     """Bytes of host memory that can be had without swapping; caches of files count as free where the system says so,
-    and a container's limit counts."""
+    and a container's limit counts. None where the system does not tell (macOS, Windows)."""
     try:
         with open("/proc/meminfo") as lines:
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = _free_memory()
+        if free is None:
+            return None
     try:
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
         return min(free, limit - used)
     except (OSError, ValueError):  # no limit
         return free
+
+
+def _free_memory() -> int | None:
+    """Of systems without /proc/meminfo."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # macOS knows no such name, Windows no sysconf
+        return None
 
 
 # --- metrics -----------------------------------------------------------------------------------------------------
@@ -361,7 +370,12 @@ def peak_memory(device: torch.device) -> float:
     """Most that this process has held so far, in GiB: tensors on a GPU, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def format_time(seconds: float) -> str:

@@ -200,5 +200,6 @@ def _worker_settings(args):
 def _start_worker(worker_id):
     torch.set_num_threads(1)  # workers share the cores with one another and with the training process
     # a scheduler, and a terminal, send them to all: the training process decides
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

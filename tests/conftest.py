@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
+os.environ["PYTHON"] = sys.executable  # what scripts/common.sh starts, also without an active environment
 torch.set_num_threads(1)  # tiny tensors; and runs in subprocesses want the other cores
 
 

@@ -302,5 +302,5 @@ def test_two_nodes_meet_in_both_ways(tmp_path):
         nodes = [start(SCRIPT, *flags, **settings, **place, OUTPUT_DIR=str(tmp_path / name)) for place in places]
         results = [outcome(node) for node in nodes]
         assert [result.status for result in results] == [0, 0], results[0].errors + results[1].errors
-        assert "2 process(es) x 2 clips" in results[0].output + results[1].output
+        assert "2 process(es) x 2 videos" in results[0].output + results[1].output
     assert losses(tmp_path / "static") == losses(tmp_path / "meeting")

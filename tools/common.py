@@ -175,8 +175,11 @@ def in_processes(function, items, num_workers, timeout):
     A decoder may crash or hang on a damaged file, so each worker has its own pipe: one that dies, or takes longer than
     timeout seconds, costs the item it was at and is replaced. multiprocessing.Pool would wait for it for ever.
     """
-    context = multiprocessing.get_context("forkserver")  # a plain fork would copy locks that other threads hold
-    context.set_forkserver_preload(["torch"])  # imported once, so that a replacement is there at once
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("forkserver")  # a plain fork would copy locks that other threads hold
+        context.set_forkserver_preload(["torch"])  # imported once, so that a replacement is there at once
+    else:  # Windows
+        context = multiprocessing.get_context("spawn")
     todo = deque(range(len(items)))
     workers = [_Worker(context, function) for _ in range(min(num_workers, len(items)))]
     try:

@@ -1,0 +1,95 @@
+"""Systems that this one is not: macOS, Windows; and no active environment."""
+
+import math
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from packaging.specifiers import SpecifierSet
+
+import engine_for_finetuning
+import utils
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [f"run_{name}.py" for name in ("mae_pretraining", "class_finetuning", "mae_vis")]
+SCRIPTS += [
+    f"tools/{name}.py" for name in ("check_videos", "make_lists", "make_subset", "resize_videos", "compare_runs")
+]
+WINDOWS = """
+import os, runpy, signal, sys
+for name in ("resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "syslog"):
+    sys.modules[name] = None
+for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "SIGQUIT", "SIGALRM", "SIGCHLD"):
+    if hasattr(signal, name):
+        delattr(signal, name)
+for name in ("sysconf", "fork", "getuid", "killpg"):
+    if hasattr(os, name):
+        delattr(os, name)
+import torch, torchvision, timm, matplotlib  # these have found their own way round
+sys.argv = [SCRIPT, "--help"]
+sys.path.insert(0, ".")
+try:
+    runpy.run_path(SCRIPT, run_name="__main__")
+except SystemExit as stop:
+    sys.exit(stop.code)
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_start_where_posix_is_missing(script):
+    code = f"SCRIPT = {script!r}\n" + WINDOWS.replace(
+        "import torch,", "import multiprocessing.util, subprocess, torch,"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr[-2000:]
+
+
+def no_meminfo(monkeypatch):
+    real = open
+
+    def opened(path, *args, **kwargs):
+        if str(path) == "/proc/meminfo":
+            raise FileNotFoundError(path)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", opened)
+
+
+def test_memory_on_macos_is_not_known_and_not_asked(monkeypatch, capsys):
+    no_meminfo(monkeypatch)
+
+    def sysconf(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    assert utils.available_memory() is None
+    monkeypatch.delattr(os, "sysconf")
+    assert utils.available_memory() is None
+    probe = SimpleNamespace(features=lambda video: torch.zeros(2, 8), eval=lambda: None)
+    monkeypatch.setattr(engine_for_finetuning, "prepare", lambda video, recipe: video)
+    batch = {"video": torch.zeros(2, 3), "failed": []}
+    recipe = SimpleNamespace(mean=torch.zeros(3))
+    (stored,) = engine_for_finetuning.store_features(probe, [batch], recipe, "none", 10**12)
+    assert stored["video"].shape == (2, 8) and "does not say what is free" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("platform, unit", [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_the_platforms_unit(monkeypatch, platform, unit):
+    usage = SimpleNamespace(ru_maxrss=3 * 2**30 // unit)
+    monkeypatch.setitem(sys.modules, "resource", SimpleNamespace(getrusage=lambda who: usage, RUSAGE_SELF=0))
+    monkeypatch.setattr(sys, "platform", platform)
+    assert utils.peak_memory(torch.device("cpu")) == 3
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert math.isnan(utils.peak_memory(torch.device("cpu")))
+
+
+def test_supported_pythons_are_said_where_pip_reads_them():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    supported = SpecifierSet(project["requires-python"])
+    assert [minor for minor in range(9, 18) if f"3.{minor}" in supported] == [11, 12, 13, 14]
+    assert ".".join(map(str, sys.version_info[:2])) in supported
