@@ -514,6 +514,9 @@ def resume(run, args, found: tuple[Path, dict] | None, steps_per_epoch: int) -> 
     log(f"resumed after {done or f'epoch {next_epoch - 1}'} from {path}")
     if changed:
         log(f"note: flags differ from the run that wrote it: {', '.join(changed)}")
+    unknown = [f"--{name} {value}" for name, value in vars(args).items() if name not in saved.keys() | FREE_ON_RESUME]
+    if saved and unknown:  # an older version: what it did may be another value than today's default
+        log(f"note: the run that wrote it did not have these flags: {', '.join(unknown)}")
     with restoring("args", path):
         before = effective_batch(argparse.Namespace(**vars(args) | saved)) if midway else 0
     if midway and (midway["steps_per_epoch"], before) != (steps_per_epoch, effective_batch(args)):

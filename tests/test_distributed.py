@@ -149,20 +149,21 @@ def test_one_process_two_processes_and_accumulation_follow_the_same_losses(runs,
         assert runs.losses(f"{mask}-{name}") == pytest.approx(reference, rel=TOLERANCE), name
 
 
-SAMPLER_VALUES = ("policy_loss", "value_loss", "entropy", "value", "sampler_grad_norm")
+SAMPLER_VALUES = ("value_loss", "entropy", "value", "sampler_grad_norm")
 
 
 @pytest.mark.parametrize(
     "name, reference", [*((name, "one") for name in (*NORMALIZED, "accumulated")), ("rollouts2", "rollouts1")]
 )
 def test_normalised_advantages_do_not_depend_on_how_the_batch_is_shared_out(runs, name, reference):
-    """One mean and one deviation for a step's clips, in one process, in two, in micro-batches: normalised by each
-    micro-batch alone, TATS's gradient differs by a quarter. The losses tell little, masks seldom change."""
+    """One mean and one deviation for a step's clips, in one process, in two, in micro-batches. Measured: 1e-7 at the
+    most; where each micro-batch has its own, gradient norm and entropy of the second epoch are 8e-4 and 3e-4 apart."""
     logs = [runs.log(f"normalized-start0-{run}") for run in (name, reference)]
     for record, expected in zip(*logs, strict=True):
         for value in SAMPLER_VALUES:
             found, right = (entry[f"train_{value}"] for entry in (record, expected))
-            assert found == pytest.approx(right, rel=1e-4, abs=1e-6), value
+            assert found == pytest.approx(right, rel=TOLERANCE, abs=0), value
+        assert record["train_policy_loss"] == pytest.approx(expected["train_policy_loss"], abs=1e-6)
     assert runs.losses(f"normalized-start0-{name}") == pytest.approx(
         runs.losses(f"normalized-start0-{reference}"), rel=TOLERANCE
     )
