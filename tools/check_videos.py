@@ -3,15 +3,16 @@
     python tools/check_videos.py --list lists/train.csv lists/val.csv --output checked --num_workers 16
 
 writes checked/train.clean.csv (a list: the videos that decode), checked/train.report.csv (one line a video: path,
-label, status, reason, frames, decoded, width, height, decoder), and the same for val. The exit status is 1 if any
-video is bad, so that a script can ask.
+label, status, reason, frames, decoded, errors, width, height, decoder), and the same for val. The exit status is 1 if
+any video is bad, so that a script can ask.
 
-A video is good if training can read all of it: it opens, its frames decode to the end, and the header claims at most
-two frames more than come out (HMDB51's files claim one; training repeats the last frame there). `frames` is what the
-file claims, `decoded` what came out; decord does not say and has the claim there. Where one decoder refused a video and
-the other read it, `reason` has the refusal of the first: the file may have lost its end, as a .webm or .avi file may
-without any sign. Each video is read in a process of its own, so a file that crashes the decoder or makes it hang is
-a bad video and not the end of the check.
+A video is good if training reads it. Training, the test and resize_videos.py go on behind a damaged packet, as players
+do, and so a damaged or truncated video is good as far as it decodes: `errors` counts the packets that do not decode, or
+in part only, and `reason` says what the file's header claims beyond the frames found. Take such videos out yourself if
+you do not want them. `frames` is the number that training draws clips from, `decoded` what came out when everything was
+decoded. They differ only where no packet's header shows the damage; a clip that meets it is then drawn anew. Where one
+decoder refused a video and the other read it, `reason` has the refusal of the first. Each video is read in a process
+of its own, so a file that crashes the decoder or makes it hang is a bad video and not the end of the check.
 """
 
 import argparse
@@ -25,48 +26,37 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from datasets.decoding import DECODERS, MAX_SHORTFALL, DecordReader, VideoError, decoders_for, open_video
+from datasets.decoding import DECODERS, MAX_SHORTFALL, RefusedVideo, VideoError, decoders_for, open_video
 from datasets.lists import read_list
 from tools.common import Formatter, run_all, run_tool, write_list, write_text
 from utils import UsageError
 
-COLUMNS = ("path", "label", "status", "reason", "frames", "decoded", "width", "height", "decoder")
-CHUNK = 16  # frames decoded at a time where a reader seeks: bounds the memory
+COLUMNS = ("path", "label", "status", "reason", "frames", "decoded", "errors", "width", "height", "decoder")
 
 
 def check_video(path, decoder):
     """Decodes a video as training would, with the other back end where "auto" allows it and the first one fails.
 
-    Returns: dict(frames, decoded, width, height, decoder, reason = why the first back end failed, or None).
+    Returns: dict(frames, decoded, errors, width, height, decoder, reason = why the first back end failed, or what the
+    header claims and is not there, or None).
     Raises: VideoError with the first back end's reason.
     """
     refusal = None
     for name in decoders_for(path, decoder):
         try:
             with open_video(path, name) as video:
-                reason = refusal and str(refusal).removeprefix(f"{path}: ")
-                return dict(decode_all(video), decoder=name, reason=reason)
+                found = video.check()
+                missing = video.missing()
         except VideoError as error:
             refusal = refusal or error
+            if isinstance(error, RefusedVideo):
+                break
+            continue
+        reason = refusal and str(refusal).removeprefix(f"{path}: ")
+        if reason is None and missing > MAX_SHORTFALL:
+            reason = f"truncated or damaged: {missing} frames that its header claims are not there"
+        return dict(found, reason=reason)
     raise refusal
-
-
-def decode_all(video):
-    claimed = len(video)
-    wanted = range(claimed)
-    if not (isinstance(video, DecordReader) and video.path.lower().endswith(DecordReader.seekable)):
-        wanted = (0, claimed - 1)  # a reader that does not seek decodes what is between, too, and need not keep it
-    sizes, last = set(), -1
-    for start in range(0, len(wanted), CHUNK):
-        frames = video.decode(wanted[start : start + CHUNK])
-        sizes |= {frame.shape[:2] for frame in frames.values()}
-        last = max(frames, default=last)
-    if last < 0 or claimed > last + 1 + MAX_SHORTFALL:
-        raise VideoError(video.path, f"truncated or damaged: {claimed} frames claimed, {last + 1} decoded")
-    if len(sizes) > 1:
-        raise VideoError(video.path, "the frame size changes within the video")
-    height, width = sizes.pop()
-    return dict(frames=claimed, decoded=last + 1, width=width, height=height)
 
 
 def check_lists(args, check=check_video):
@@ -99,6 +89,10 @@ def write_results(prefix, paths, labels, outcomes):
         if reason is None:
             good.append((path, label))
     write_text(f"{prefix}.report.csv", report.getvalue())
+    found = [found for found, reason in map(outcomes.get, paths) if reason is None]
+    damaged = sum(bool(one.get("errors") or one["reason"]) for one in found)
+    if damaged:
+        print(f"{prefix}.report.csv: {damaged} of the good videos are damaged (columns errors and reason)")
     clean = f"{prefix}.clean.csv"
     if good:
         write_list(clean, *zip(*good, strict=True))

@@ -16,7 +16,10 @@ from datasets.decoding import VideoError
 from datasets.lists import ListError, excerpt, split_line
 from utils import UsageError, format_time
 
-VIDEO_SUFFIXES = (".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
+VIDEO_SUFFIXES = (
+    ".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".mts", ".m2ts",
+    ".vob", ".ogv", ".gif", ".asf",
+)  # fmt: skip
 START_SECONDS = 300  # for a worker to import torch and PyAV, on a busy network file system
 LOG_SECONDS = 10  # between two lines of progress in a log
 LONGEST_TIMEOUT = 1_000_000  # seconds; the system's waits do not take any number

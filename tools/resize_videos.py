@@ -18,7 +18,6 @@ complete. Videos that cannot be read are named in failed.txt and left out of the
 
 import argparse
 import functools
-import itertools
 import json
 import os
 import sys
@@ -27,7 +26,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from datasets.decoding import MAX_SHORTFALL, VideoError, decoders_for, open_video
+from datasets.decoding import VideoError, decoders_for, display_matrices, open_video, upright
 from datasets.lists import read_list
 from tools.common import Formatter, find_videos, replacing, run_all, run_tool, write_list, write_text
 from utils import UsageError
@@ -46,49 +45,40 @@ def resize_video(source, target, short_side, gop, crf):
 
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with open_video(source, "pyav") as video, replacing(target) as temporary:
-        with video.open() as container:
-            stream = container.streams.video[0]
-            packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
-            times = [time for time, discard in packets if not discard]  # a cut at the start may discard some
-            claimed = len(times)
-            if "mp4" in container.format.name:  # where a header can be relied on: it knows of lost packets
-                claimed += max(0, stream.frames - len(packets))
         try:
-            with video.open() as container, av.open(temporary, "w", format="mp4") as result:
-                count = encode(container.streams.video[0], result, times, short_side, gop, crf)
-        except (av.FFmpegError, VideoError) as error:
+            with av.open(temporary, "w", format="mp4") as result:
+                encode(video, result, short_side, gop, crf)
+        except av.FFmpegError as error:
             raise VideoError(source, f"cannot be re-encoded ({error})") from error
-        if claimed > count + MAX_SHORTFALL:
-            raise VideoError(source, f"truncated or damaged: {claimed} frames claimed, {count} decoded")
 
 
-def encode(stream, result, times, short_side, gop, crf):
-    """Encodes a stream's frames into the container `result` and returns their number.
-
-    times: of the packets, in the stream's time base, in any order. They and not the frames' own are used, because AVI
-    with B-frames (HMDB51) gives its frames wrong ones; where they are not distinct, the frames are evenly spaced.
-    """
+def encode(video, result, short_side, gop, crf):
+    """Encodes all frames that training reads of an open video (a PyAVReader) into the container `result`."""
     import av
     import numpy as np
 
+    stream = video.stream
     rate = stream.average_rate or stream.guessed_rate or 25
     step = max(1, round(1 / (rate * stream.time_base)))
-    if None in times or len(set(times)) < len(times):
-        times = range(0, step * len(times), step)
-    times = sorted(times)
-    stream.thread_count = 1
-    convert = av.video.reformatter.VideoReformatter().reformat  # one for all frames: a fresh one each is slow
-    output, count = None, 0
-    clock = itertools.chain(times, itertools.count(times[-1] + step, step))
-    for frame, time in zip(decodable(stream), clock, strict=False):
+    # AVI gives the frames of a codec with B-frames wrong times (HMDB51); those of its packets are right
+    known = sorted({packet.pts for packet in video.packets} - {None}) if video.container.format.name == "avi" else []
+    # one of each for all frames: a fresh one each is slow
+    convert, copy = (av.video.reformatter.VideoReformatter().reformat for _ in range(2))
+    matrix_of = display_matrices(copy)
+    output = first = last = None
+    for number, frame in enumerate(video.plain()):
+        time = frame.pts if not known else known[number] if number < len(known) else None
+        if last is not None and (time is None or time <= last):
+            time = last + step
+        last = time or 0
+        matrix = matrix_of(frame)
         if output is None:
-            size = frame.height, frame.width
-            height, width = output_size(*size, short_side)
-            turns = frame.rotation // 90 % 4
+            size, first = (frame.height, frame.width), last
             # tune: a tenth more bytes, a quarter to a third less time to decode
             options = {"crf": str(crf), "g": str(gop), "bf": "0", "preset": "veryfast", "tune": "fastdecode"}
             output = result.add_stream("libx264", rate=rate, options=options)
-            output.height, output.width = (width, height) if turns % 2 else (height, width)
+            height, width = output_size(*size, short_side)
+            output.height, output.width = upright(np.empty((height, width, 0)), matrix).shape[:2]
             output.pix_fmt = "yuv420p"
             context = output.codec_context
             context.thread_count = 1
@@ -96,30 +86,18 @@ def encode(stream, result, times, short_side, gop, crf):
             for tag in ("color_range", "colorspace", "color_primaries", "color_trc"):
                 setattr(context, tag, getattr(frame, tag))
         if (frame.height, frame.width) != size:
-            raise VideoError("the frame size changes within the video")
-        planes = "yuv444p" if turns else "yuv420p"
-        image = convert(frame, width, height, planes, interpolation="BICUBIC", threads=1)
-        if turns:
-            turned = np.rot90(image.to_ndarray(), turns, axes=(1, 2))  # [3, H, W]
-            image = convert(av.VideoFrame.from_ndarray(np.ascontiguousarray(turned), planes), format="yuv420p")
-        image.pts, image.time_base, image.duration = time - times[0], stream.time_base, frame.duration
+            raise VideoError(video.path, "the frame size changes within the video")
+        turned = tuple(np.sign(matrix)) != (1, 0, 0, 1)
+        image = convert(frame, width, height, "yuv444p" if turned else "yuv420p", interpolation="BICUBIC", threads=1)
+        if turned:
+            planes = upright(image.to_ndarray().transpose(1, 2, 0), matrix).transpose(2, 0, 1)  # [3, H, W]
+            image = convert(av.VideoFrame.from_ndarray(np.ascontiguousarray(planes), "yuv444p"), format="yuv420p")
+        image.pts, image.time_base, image.duration = last - first, stream.time_base, frame.duration
         image.pict_type = 0  # else the encoder repeats the source's key frames and B-frames
         result.mux(output.encode(image))
-        count += 1
     if output is None:
-        raise VideoError("no frame can be decoded")
+        raise VideoError(video.path, "no frame can be decoded")
     result.mux(output.encode())
-    return count
-
-
-def decodable(stream):
-    """The frames up to the end or to the first damage, as training reads them."""
-    import av
-
-    try:
-        yield from stream.container.decode(stream)
-    except av.FFmpegError:
-        return
 
 
 def plan(args):
