@@ -47,9 +47,14 @@ def shapes(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("shapes"), train=20, val=10, size=32, frames=20)
 
 
+def open_av(path):
+    """Some of HMDB51's files hold text that is not UTF-8; from PyAV 19 on it is ignored always."""
+    return av.open(str(path), **({} if int(av.__version__.split(".")[0]) > 18 else dict(metadata_errors="ignore")))
+
+
 def whole_video(path):
     """Every frame by a plain sequential decode, uint8 [n, H, W, 3]; the reference for both back ends."""
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with open_av(path) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
@@ -110,12 +115,11 @@ def real_clips(shared_data):
 def test_decoders_return_the_frames_asked_for(real_clips, decoder):
     for path, frames in real_clips.items():
         n, rng = len(frames), random.Random(0)
-        header_surplus = 1 if path.parent.name == "hmdb51" else 0
         # each list on a fresh reader: a seek's errors show where nothing was decoded before it
         requests = [[0], [5], [n - 1], [n // 2, 3, 3, n - 1, 0], list(range(20, n - 1, 7)), rng.choices(range(n), k=8)]
         for indices in requests:
             with open_video(str(path), decoder) as reader:
-                assert len(reader) == n + header_surplus, path
+                assert len(reader) == n, path
                 got = reader.read(indices)
             assert got.dtype == torch.uint8 and got.shape == (len(indices), *frames.shape[1:])
             difference = np.abs(got.numpy().astype(int) - frames[indices])
@@ -126,10 +130,11 @@ def test_decoders_return_the_frames_asked_for(real_clips, decoder):
 
 @pytest.mark.parametrize("decoder", BACK_ENDS)
 def test_header_that_claims_a_frame_too_many(real_clips, decoder):
+    """HMDB51's headers do; the frame is not counted, and who asks for it gets the last one."""
     for path, frames in real_clips.items():
         if path.parent.name == "hmdb51":
             with open_video(str(path), decoder) as reader:
-                claimed = len(reader) - 1
+                claimed = len(reader)
                 got = reader.read([claimed - 1, claimed])
                 assert claimed == len(frames)
                 assert np.array_equal(got[0], frames[-1]) and np.array_equal(got[1], frames[-1])
@@ -191,16 +196,16 @@ def test_packets_that_an_edit_list_hides_are_not_counted(shapes, tmp_path):
 
 
 @pytest.mark.parametrize("decoder", BACK_ENDS)
-def test_damaged_payload_is_an_error_and_not_a_crash(shared_data, decoder, tmp_path):
+def test_a_damaged_half_is_left_out(shared_data, decoder, tmp_path):
     path = tmp_path / "fast_start.mp4"
     remux(shared_data / "clips/kinetics400/WUzgd7C1pWA.mp4", path, movflags="faststart")
     whole = path.read_bytes()
     half = len(whole) // 2
     path.write_bytes(whole[:half] + random.Random(0).randbytes(len(whole) - half))
     with open_video(str(path), decoder) as reader:
-        assert len(reader) == 327  # as the index at its head says
+        assert 100 < len(reader) < 200  # the index at its head says 327
         assert reader.read([0, 60]).shape == (2, 256, 340, 3)
-        with pytest.raises(VideoError, match=r"fast_start.mp4: .*(damaged|cannot decode)"):
+        with pytest.raises(VideoError, match=r"fast_start.mp4: .*damaged"):
             reader.read([200])
 
 
@@ -270,7 +275,7 @@ def test_auto_reads_with_the_other_decoder_what_the_first_refuses(shapes, tmp_pa
     frames = read_frames(path, lambda length: [length - 1, 0])
     assert torch.equal(frames, read_frames(path, lambda length: [19, 0], "decord"))
     narrow = str(tmp_path / "narrow.mp4")
-    write_video(narrow, np.random.default_rng(0).integers(0, 256, (4, 48, 48, 3), dtype=np.uint8))
+    write_video(narrow, np.full((4, 48, 48, 3), 100, np.uint8))
     with pytest.raises(VideoError, match="decord"):
         read_frames(narrow, lambda length: [0], "decord")
 

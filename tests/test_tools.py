@@ -19,6 +19,7 @@ import torch
 from datasets.decoding import VideoError, open_video
 from datasets.lists import read_list
 from datasets.moving_shapes import write_video
+from tests.test_datasets import open_av
 from tools import check_videos, make_lists, make_subset, resize_videos
 from tools.common import in_processes, run_all, write_list
 from utils import UsageError
@@ -569,27 +570,34 @@ def test_damage_anywhere_is_found(tmp_path, decoder):
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 2000] = bytes(2000)
     path.write_bytes(data)
-    with pytest.raises(VideoError, match="whole.mp4: .*(60 frames claimed, 30 decoded|cannot decode)"):
-        check_videos.check_video(str(path), decoder)
+    found = check_videos.check_video(str(path), decoder)
+    assert 56 < found["frames"] == found["decoded"] < 60 and found["errors"] > 0
 
 
 def test_second_decoder_is_said_why(tmp_path, monkeypatch):
-    """Without its end a file opens with PyAV alone, and is shorter. PyAV comes first, so the order is turned here."""
     pytest.importorskip("decord")
     noise = np.random.default_rng(0).integers(0, 256, (60, 32, 64, 3), dtype=np.uint8)
     path = write_clip(tmp_path / "a.mp4", noise, g="10", bf="0")
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
-    monkeypatch.setattr(check_videos, "decoders_for", lambda path, decoder: ["decord", "pyav"])
+    monkeypatch.setattr(av, "open", lambda *_, **__: 1 / 0)
     found = check_videos.check_video(str(path), "auto")
-    assert found["reason"].startswith("decord cannot open it")
-    assert found["decoder"] == "pyav" and 40 < found["decoded"] < 50
+    assert found["reason"].startswith(f"av {av.__version__} failed")
+    assert found["decoder"] == "decord" and found["decoded"] == 60
+
+
+def test_what_the_header_claims_beyond_the_end_is_said(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 32, 64, 3), dtype=np.uint8)
+    path = write_clip(tmp_path / "a.mp4", noise, g="10", bf="0")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    found = check_videos.check_video(str(path), "auto")
+    assert 40 < found["frames"] == found["decoded"] < 50
+    assert f"{60 - found['decoded']} frames" in found["reason"] or f"{59 - found['decoded']} frames" in found["reason"]
 
 
 def test_header_that_claims_a_frame_too_many_is_reported(shared_data):
     for path in sorted((shared_data / "clips/hmdb51").glob("*.avi")):
         found = check_videos.check_video(str(path), "auto")
-        assert found["decoder"] == "pyav" and found["frames"] == found["decoded"] + 1
-        with av.open(str(path), metadata_errors="ignore") as container:
+        assert found["decoder"] == "pyav" and found["frames"] == found["decoded"]
+        with open_av(path) as container:
             assert found["decoded"] == sum(1 for _ in container.decode(video=0))
     for path in [*(shared_data / "clips/ssv2").glob("*.webm"), *(shared_data / "clips/ucf101").glob("*.avi")]:
         found = check_videos.check_video(str(path), "auto")
@@ -614,7 +622,7 @@ def resize(source, target, short_side=64, gop=8, crf=10):
 
 
 def raw_packets(path):
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with open_av(path) as container:
         assert [stream.type for stream in container.streams] == ["video"]
         return [(p.pts and p.pts * p.time_base, p.is_keyframe) for p in container.demux(video=0) if p.size]
 
@@ -751,7 +759,7 @@ def test_phone_video_is_turned_upright(tmp_path, quarters):
 def test_real_clips_are_resized(shared_data, tmp_path):
     """One of each data set, among them AVI with B-frames, whose decoded frames have wrong times."""
     for source in [next((shared_data / "clips" / name).glob("[!L]*")) for name in ("hmdb51", "ucf101", "ssv2")]:
-        with av.open(str(source), metadata_errors="ignore") as container:
+        with open_av(source) as container:
             rate = float(container.streams.video[0].average_rate)
             original = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
         target = resize(source, tmp_path / f"{source.stem}.mp4", short_side=112, crf=18)
@@ -832,16 +840,16 @@ def test_resize_errors(clips, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_damaged_video_is_not_resized_in_part(tmp_path):
+def test_damaged_video_is_resized_as_far_as_it_decodes(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (60, 32, 64, 3), dtype=np.uint8)
     source = write_clip(tmp_path / "a.mp4", noise, g="10", bf="0")
     data = source.read_bytes()
     half = len(data) // 2
     for damaged in (data[:half], data[:half] + bytes(2000) + data[half + 2000 :]):
         source.write_bytes(damaged)
-        with pytest.raises(VideoError, match=r"a.mp4: truncated or damaged: 60 frames claimed, (29|30) decoded"):
-            resize(source, tmp_path / "b.mp4")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4"]
+        length = check_videos.check_video(str(source), "pyav")["decoded"]
+        assert 56 < length < 60 if len(damaged) == len(data) else length in (29, 30)
+        assert len(frames_of(resize(source, tmp_path / "b.mp4"))) == length
 
 
 def test_frames_that_no_player_shows_are_left_out(tmp_path):
