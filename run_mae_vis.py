@@ -238,13 +238,14 @@ def draw_videos(flags: argparse.Namespace, overrides: list[str]) -> tuple[list[P
         raise UsageError("--compare_path: its --input_size or --num_frames is not that of --model_path")
     output = Path(flags.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    written, unreadable = [], 0
+    written, unreadable, first = [], 0, None
     for number, video in enumerate(videos):
         try:
             clip = read_clip(video, trained.args)
         except VideoError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            unreadable += 1
+            if len(videos) > 1:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            unreadable, first = unreadable + 1, first or error
             continue
         rows, title = rows_of(trained, clip, flags.top_k)
         masks = []
@@ -264,6 +265,8 @@ def draw_videos(flags: argparse.Namespace, overrides: list[str]) -> tuple[list[P
             path = path.with_suffix(".gif")
             write_gif(path, trained, clip, masks)
             written.append(path)
+    if first and not written:
+        raise first
     return written, unreadable
 
 

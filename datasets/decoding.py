@@ -1,20 +1,22 @@
 """Reading frames of a video with PyAV or decord; nothing else in training decodes."""
 
 import bisect
+import collections
 import contextlib
 import functools
-import importlib.metadata
-import itertools
 import os
 import re
+import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-# A header may count one or two frames that no decoder delivers (HMDB51's AVI files: one). Up to this many frames past
-# the last decodable one are served as a copy of it; a request further out means a truncated file.
+from datasets.packets import Damage, Doubt, header_reader
+
+# A request may lie this many frames past the end, as headers do that count a frame too many: it gets the last frame.
 MAX_SHORTFALL = 2
+COVER = 0x400  # FFmpeg's mark (attached_pic) of a stream that is the cover picture of a film or of a song
 
 
 class VideoError(RuntimeError):
@@ -27,18 +29,19 @@ class VideoError(RuntimeError):
         super().__init__(path if reason is None else f"{path}: {reason}")
 
 
-class CannotOpen(VideoError):
-    """The back end cannot open the file at all: another one may."""
+class RefusedVideo(VideoError):
+    """The file was read and holds nothing to train on: another back end is not asked."""
 
 
 class VideoReader:
-    """An open video: a context manager with a length and `read`. A back end gives __init__, __len__, close and decode,
-    and `fetch` where it has a faster way to the same frames.
+    """An open video: a context manager with a length, `read` and `check`. A back end gives __init__, __len__,
+    close, fetch, check and missing.
 
-    len(video) is what a clip may be drawn from. Decoding may find another number of frames than the file claims: then
-    len(video) changes, to the number that was decoded, and stays.
-    decode(wanted: ascending distinct indices) -> {index: uint8 [H, W, 3]}; where the video ends before the last wanted
-    index, the frames found and the last decodable one under its own index.
+    fetch(wanted: ascending distinct indices, max_short_side) -> {index: uint8 [H, W, 3]}; where the video ends before
+    the last wanted index, the frames found and the last decodable one under its own index. It may give frames already
+    scaled to max_short_side, and it may find that the length is another than len() said so far: len() then says so.
+    check() -> dict(frames, as training counts them; decoded; width; height; errors, the damaged packets; decoder), by
+    decoding everything. Raises VideoError. missing(): how many packets the file's header claims beyond those found.
     """
 
     def __enter__(self):
@@ -47,73 +50,50 @@ class VideoReader:
     def __exit__(self, *exception):
         self.close()
 
-    def fetch(self, wanted, max_short_side=None):
-        """As decode; may return frames already scaled to max_short_side."""
-        return self.decode(wanted)
-
-    def read_chosen(self, choose, max_short_side=None):
-        """read(choose(len(self))), chosen again where decoding changes the length. Raises VideoError."""
-        for _ in range(2):
-            length = len(self)
-            indices = choose(length)
-            with foreseen(self.path, self.package):
-                frames = self.fetch(sorted(set(indices)), max_short_side)
-            if len(self) == length:
-                break
-        return self._arrange(indices, frames, max_short_side)
-
-    def read(self, indices, max_short_side=None):
+    def read(self, wanted, max_short_side=None):
         """Decodes frames.
 
-        Args: indices, a sequence of int in any order, repeats allowed; max_short_side in pixels: larger frames are
-        scaled down to it, to even sides (see scaled_size).
-        Returns: uint8 [len(indices), H, W, 3], RGB. Where the frame size changes within the clip, all frames are scaled
-        to the size of the first. An index up to 2 past the last decodable frame gives that frame.
+        wanted: indices, a sequence of int in any order, repeats allowed; or a function: number of frames -> indices,
+        which is called once more where decoding finds that the number is another. max_short_side in pixels: larger
+        frames are scaled down to it, to even sides (see scaled_size).
+        Returns: uint8 [n, H, W, 3], RGB. An index up to 2 past the last decodable frame gives that frame.
         Raises: VideoError where the video cannot be decoded that far.
         """
+        choose = wanted if callable(wanted) else lambda length: wanted
+        length = len(self)
+        indices, frames = self.chosen(choose, max_short_side)
+        if len(self) != length:
+            indices, frames = self.chosen(choose, max_short_side)
+        return self.clip(indices, frames, max_short_side)
+
+    def chosen(self, choose, max_short_side):
+        if len(self) == 0:
+            raise VideoError(self.path, "no frame can be decoded")
+        indices = choose(len(self))
         if len(indices) == 0 or min(indices) < 0:
             raise ValueError(f"frame indices must be at least one, none negative: {list(indices)}")
-        with foreseen(self.path, self.package):
-            frames = self.fetch(sorted(set(indices)), max_short_side)
-        return self._arrange(indices, frames, max_short_side)
+        with one_line(self.path, self.package):
+            return indices, self.fetch(sorted(set(indices)), max_short_side)
 
-    def _arrange(self, indices, frames, max_short_side):
+    def clip(self, indices, frames, max_short_side):
+        """The frames of the indices, [n, H, W, 3], from what fetch gave: everything that is decoded passes here."""
         if not frames:
             raise VideoError(self.path, "no frame can be decoded")
+        for frame in frames.values():
+            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+                raise VideoError(self.path, f"{self.package} gave {frame.dtype} {frame.shape} for a picture")
         last = max(frames)
         if max(indices) > last + MAX_SHORTFALL:
             reason = f"truncated or damaged: frame {max(indices)} wanted, the last decodable one is {last}"
             raise VideoError(self.path, reason)
-        for frame in frames.values():
-            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
-                kind = f"{frame.dtype} {list(frame.shape)}"
-                raise VideoError(self.path, f"{self.package} gave a frame of {kind}, not uint8 [H, W, 3]")
-        clip = [torch.from_numpy(np.ascontiguousarray(frames[min(i, last)])) for i in indices]
-        size = scaled_size(*clip[0].shape[:2], max_short_side)
-        if any(frame.shape[:2] != size for frame in clip):  # else PyAV has scaled already, or nothing is to be
-            clip = [_resized(frame, size) for frame in clip]
-        return torch.stack(clip)
-
-
-def _resized(frame, size):
-    """uint8 [H, W, 3] -> uint8 [*size, 3]."""
-    if frame.shape[:2] == size:
-        return frame
-    frame = frame.permute(2, 0, 1).unsqueeze(0)
-    frame = torch.nn.functional.interpolate(frame, size, mode="bicubic", antialias=True)
-    return frame.squeeze(0).permute(1, 2, 0)
-
-
-@contextlib.contextmanager
-def foreseen(path, package):
-    """Makes a VideoError of whatever a back end raises that nobody thought of, with the package and its version."""
-    try:
-        yield
-    except (VideoError, MemoryError):
-        raise
-    except Exception as error:
-        version = importlib.metadata.version(package)
-        raise VideoError(path, f"{package} {version} failed ({type(error).__name__}: {_brief(error)})") from error
+        if len({frame.shape for frame in frames.values()}) > 1:
+            raise RefusedVideo(self.path, "the frame size changes within the video")
+        clip = torch.from_numpy(np.stack([frames[min(i, last)] for i in indices]))
+        size = scaled_size(*clip.shape[1:3], max_short_side)
+        if size == clip.shape[1:3]:  # PyAV has scaled already
+            return clip
+        clip = clip.permute(0, 3, 1, 2)
+        return torch.nn.functional.interpolate(clip, size, mode="bicubic", antialias=True).permute(0, 2, 3, 1)
 
 
 def scaled_size(height, width, max_short_side):
@@ -127,43 +107,40 @@ def scaled_size(height, width, max_short_side):
 class DecordReader(VideoReader):
     """decord: seeks to key frames. One thread, since more fail on VP9 of 427 x 240 (Something-Something V2).
 
-    Its FFmpeg is old. Where PyAV is installed, the length is PyAV's, so that both draw the same clips, and what decord
-    is known to read wrongly is refused.
+    length: what PyAV counted; None where PyAV is not installed or cannot read the file. decord itself counts packets,
+    and gives a copy of the last frame for each that has none.
     """
 
-    package = "decord"
+    name = package = "decord"
     # Containers in which decord seeks exactly, for the usual codecs (H.264, VP9). In AVI with B-frames (HMDB51) its
     # seek and its skip are off, by one frame up to a key-frame interval, so there it decodes frame by frame.
     seekable = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
 
-    def __init__(self, path):
+    def __init__(self, path, length=None):
         import decord
 
         self.path = path
-        self.known_errors = (RuntimeError, IndexError, StopIteration, decord.DECORDError)  # the last is no RuntimeError
-        self.length, checked = None, None
-        if _imports("av"):
-            with contextlib.suppress(CannotOpen):  # then decord is asked without
-                checked = PyAVReader(path)
-        if checked is not None:
-            with checked:
-                wrong = checked.unfit_for_decord()
-                self.length = len(checked)
-            if wrong:
-                raise VideoError(path, f"decord {wrong}: use --decoder pyav, or auto")
+        self.errors = (RuntimeError, IndexError, StopIteration, decord.DECORDError)  # DECORDError is no RuntimeError
+        with open(path, "rb") as file:
+            head = file.read(200)
+        if head[:1] == b"G" == head[188:189] or head[4:5] == b"G" == head[196:197]:  # every 188 or 192 bytes
+            raise VideoError(
+                path, "decord begins transport streams at their second key frame: use PyAV (pip install av)"
+            )
         try:
             self.video = decord.VideoReader(path, num_threads=1)
-        except self.known_errors as error:
-            raise CannotOpen(path, f"decord cannot open it ({_brief(error)})") from error
+        except self.errors as error:
+            raise VideoError(path, f"decord cannot open it ({_brief(error)})") from error
+        self.length = len(self.video) if length is None else length
 
     def __len__(self):
-        return len(self.video) if self.length is None else self.length
+        return self.length
 
     def close(self):
         self.video = None
 
-    def decode(self, wanted):
-        last = len(self) - 1  # decord repeats the last decodable frame up to its own length
+    def fetch(self, wanted, max_short_side=None):
+        last = len(self) - 1
         wanted = sorted({min(i, last) for i in wanted})
         try:
             if self.path.lower().endswith(self.seekable):
@@ -175,391 +152,392 @@ class DecordReader(VideoReader):
                 if index in wanted:
                     frames[index] = frame.asnumpy()
             return frames
-        except self.known_errors as error:
+        except self.errors as error:
             raise VideoError(self.path, f"decord cannot decode it ({_brief(error)})") from error
 
+    def check(self):
+        length, sizes = len(self), set()
+        for begin in range(0, length, 16):  # at a time: bounds the memory
+            frames = self.fetch(list(range(begin, min(begin + 16, length))))
+            sizes |= {frame.shape[:2] for frame in frames.values()}
+        if len(sizes) > 1:
+            raise RefusedVideo(self.path, "the frame size changes within the video")
+        height, width = sizes.pop()
+        return dict(frames=length, decoded=length, width=width, height=height, errors=0, decoder=self.name)
 
-class Timeline(NamedTuple):
-    """What the packets of a video say of its frames, where that can be relied on."""
+    def missing(self):
+        return 0
 
-    times: list[int]  # pts of the frames, in the order shown
-    order: list[int]  # pts of the packets, in the order of the file
-    hidden: set[int]  # pts of the packets that show nothing
-    starts: list[int]  # places in `order` at which decoding may start
-    reordered: bool  # whether packets are decoded in another order than shown
+
+class Mark(NamedTuple):
+    """What is kept of a packet of a large file."""
+
+    pts: int | None
+    dts: int | None
+    is_discard: bool
+    is_keyframe: bool
 
 
 class PyAVReader(VideoReader):
     """PyAV (FFmpeg), one thread, exact whatever the codec.
 
-    Which frame is which is decided in one of two ways. Where every packet has a time of its own and is one picture
-    (`_survey`), frames are found by their times: `fetch` starts at key frames, and the codec skips what is neither
-    wanted nor referred to. Everywhere else, and where what comes out is not what the packets said, the frames are
-    counted: all are decoded once, a damaged packet is left out as players do, and frame i is the i-th that came out.
+    The frames of a video are those a plain decode shows: packet after packet from the start, past those that are
+    damaged (`plain`). Their number is known in one of two ways. Where every packet's header was read and says what the
+    decoder will show (datasets/packets.py), it is counted without decoding, and where the packets' times are those of
+    the frames (`survey`), `fetch` starts at key frames and the codec skips what is neither wanted nor referred to. If
+    what comes out is not what the packets said, and for all other files, everything is decoded once to know
+    (`confirm`). The answer depends on the file alone, never on what a process has read before.
     """
 
-    package = "av"
-    max_kept = 1 << 28  # bytes; the packets of larger files are not kept in memory but read again
+    name, package = "pyav", "av"
+    max_kept = 1 << 28  # bytes; the packets of larger files are not kept in memory, but found again by their times
+    # What stands in files read before, by path, size and time: it saves time and changes no answer.
+    surveys = collections.OrderedDict()  # of large files: packets, units, length
+    decoded = collections.OrderedDict()  # of files that had to be decoded: length, sizes, size upright, errors
 
     def __init__(self, path):
         import av
 
         self.path, self.av = path, av
-        self.errors = 0  # damaged packets, known once all was decoded
-        self.length = None
+        self.errors, self.size = 0, None
+        self.container, self.stream = self.open()
         try:
-            self.container, self.stream = self.open()
-            self.keep = os.path.getsize(path) <= self.max_kept
-            self.packets, self.timeline = self._survey()
-        except (av.FFmpegError, OSError) as error:
-            raise CannotOpen(path, f"PyAV cannot open it ({_brief(error)})") from error
-        if self.timeline is not None:
-            self.length = len(self.timeline.times)
-
-    def open(self):
-        """(container, its video stream). Raises FFmpegError, OSError, VideoError."""
-        container = open_container(self.path)
-        try:
-            return container, self._video_stream(container)
-        except VideoError:
-            container.close()
+            codec, status = self.stream.codec_context, os.stat(path)
+            codec.options = {"err_detect": "explode"}  # `by_times` leaves a damaged packet to `plain`
+            self.large = status.st_size > self.max_kept
+            self.key = (path, status.st_size, status.st_mtime_ns)
+            if not self.large:
+                self.demux()
+            else:
+                if self.key not in self.surveys:
+                    self.demux()
+                    remember(self.surveys, self.key, (self.packets, self.units, self.length, self.damaged), 8)
+                self.packets, self.units, self.length, self.damaged = self.surveys[self.key]
+        except BaseException:
+            self.close()
             raise
 
-    def _video_stream(self, container):
-        """The stream that players show: no cover picture, no thumbnails."""
-        streams = [s for s in container.streams.video if not int(s.disposition) & COVER]
-        if not streams and (container.streams.audio or container.streams.video):
-            raise VideoError(self.path, "no video (sound, or a cover picture, alone)")
-        if not streams:
-            raise CannotOpen(self.path, "PyAV cannot open it (there is no video in it)")
-        usable = [s for s in streams if s.codec_context is not None]
-        if not usable:
-            raise CannotOpen(self.path, "PyAV cannot open it (no decoder for its codec)")
-        best = container.streams.best("video")
-        stream = next((s for s in usable if best is not None and s.index == best.index), usable[0])
-        stream.thread_count = 1
-        return stream
+    def open(self):
+        """A container and its video stream: the first of those marked as the default one, no cover picture.
 
-    def open_again(self):
-        """A second container. Raises VideoError: the file may have gone since the first, or be another."""
+        Raises: VideoError; RefusedVideo where there is no video in the file.
+        """
         try:
-            return self.open()
+            try:
+                container = self.av.open(self.path, metadata_errors="ignore")  # HMDB51 holds text that is not UTF-8
+            except TypeError:  # from PyAV 19 on, it is ignored always
+                container = self.av.open(self.path)
         except (self.av.FFmpegError, OSError) as error:
-            raise VideoError(self.path, f"PyAV cannot open it again ({_brief(error)})") from error
+            raise VideoError(self.path, f"PyAV cannot open it ({_brief(error)})") from error
+        videos = [stream for stream in container.streams.video if not stream.disposition & COVER]
+        # as FFmpeg chooses: one that the file marks as default, and then the largest
+        best = max(videos, key=lambda stream: (stream.disposition & 1, pixels(stream)), default=None)
+        if best is not None and best.codec_context is not None:
+            best.thread_count = 1
+            return container, best
+        cover = ", only a cover picture" if container.streams.video else ""
+        container.close()
+        if best is None:
+            raise RefusedVideo(self.path, f"PyAV cannot open it (no video stream{cover})")
+        raise VideoError(self.path, "PyAV cannot open it (no decoder for its codec)")
+
+    def demux(self):
+        """Notes all packets (of small files: keeps them) and what their headers say; units is None where that is in
+        doubt, and then nothing is known of the frames."""
+        codec = self.stream.codec_context
+        read = header_reader(codec.codec.canonical_name, self.container.format.name, codec.extradata)
+        self.packets, self.units, self.damaged = [], [], 0
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.size == 0:
+                    continue
+                keep = Mark(packet.pts, packet.dts, packet.is_discard, packet.is_keyframe) if self.large else packet
+                self.packets.append(keep)
+                damaged = packet.is_corrupt
+                try:
+                    if read is not None:
+                        self.units.append(read(bytes(packet)))
+                except Damage:
+                    damaged = True
+                except Doubt:
+                    read = None
+                self.damaged += damaged
+        except self.av.FFmpegError:  # what follows cannot be taken apart
+            self.damaged += 1
+        if read is None or self.damaged or not self.units or not self.units[0].start:
+            self.units = self.length = None
+        else:
+            shown = zip(self.packets, self.units, strict=True)
+            self.length = sum(unit.frames for packet, unit in shown if not packet.is_discard)
 
     def __len__(self):
         if self.length is None:
-            self.length, self.errors = self._count()
+            self.confirm()
         return self.length
 
     def close(self):
         self.container.close()
 
-    def unfit_for_decord(self):
-        """What decord 0.6.0 does wrong with this file, or None."""
-        if self.container.format.name == "mpegts":
-            return "starts at the second key frame of a transport stream"
-        if self.stream.codec_context.field_order not in (0, 1):
-            return "miscounts interlaced video"
-        frame = next(self.shown(), None)
-        if frame is not None and np.linalg.det(display_matrix(frame)) < 0:
-            return "shows mirrored video upside down"
-        return None
+    # ------------------------------------------------------------------------------------------------ plain decoding
 
-    def shown(self):
-        """Yields all frames from the start, in the order shown. A packet that cannot be decoded is left out, as players
-        do, and counted in `errors`."""
-        self.errors = 0
-        container, stream = self.open_again()
+    def plain(self):
+        """Yields the frames from the start on, as players show them: a packet that cannot be decoded is left out and
+        counted in `errors`, so is a frame that the codec had to make up in part, which is shown."""
+        self.errors = lost = 0
+        size = None
+        container, stream = self.open()
         with container:
-            packets = container.demux(stream)
+            packets, packet = container.demux(stream), None
             while True:
                 try:
                     packet = next(packets, None)
-                except (self.av.FFmpegError, OSError):  # the file cannot be read further
-                    self.errors += 1
-                    packet = None
+                except self.av.FFmpegError:  # nothing that follows can be found
+                    packet, lost = None, lost + 1
+                if packet is not None and packet.size == 0:  # it would be taken for the end
+                    continue
                 try:
-                    yield from stream.codec_context.decode(packet)
-                except EOFError:  # the codec was emptied already
-                    return
+                    frames = stream.codec_context.decode(packet)
                 except self.av.FFmpegError:
-                    self.errors += 1
+                    frames, lost = [], lost + 1
+                lost += sum(frame.is_corrupt for frame in frames)
+                self.errors = lost
+                for frame in frames:
+                    size = size or (frame.height, frame.width)
+                    if not frame.is_corrupt or (frame.height, frame.width) == size:  # else the size, too, is made up
+                        yield frame
                 if packet is None:
                     return
 
-    def _count(self):
-        """(frames, damaged packets) of the whole file, decoded once a process and version of the file."""
-        key = self._identity()
-        if key not in _COUNTED:
-            count = sum(1 for _ in self.shown())
-            if len(_COUNTED) >= 1_000_000:  # bounds the memory of a process that reads many millions of files
-                _COUNTED.clear()
-            _COUNTED[key] = count, self.errors
-        return _COUNTED[key]
+    def confirm(self):
+        """Decodes everything: from here on the length is that of what came out, and no header is asked."""
+        if self.key not in self.decoded:
+            count, sizes, rgb = 0, set(), self.converter(None)
+            for frame in self.plain():
+                if count == 0:
+                    self.size = rgb(frame).shape[:2]
+                count += 1
+                sizes.add((frame.height, frame.width))
+            remember(self.decoded, self.key, (count, sizes, self.size, self.errors), 100_000)
+        self.length, sizes, self.size, self.errors = self.decoded[self.key]
+        self.units = self.survey = None
+        if len(sizes) > 1:
+            raise RefusedVideo(self.path, "the frame size changes within the video")
 
-    def _identity(self):
-        status = os.stat(self.path)
-        return self.path, status.st_size, status.st_mtime_ns
+    def mirrored(self):
+        """Whether the display matrix does more than turn the picture."""
+        matrix = display_matrices(self.av.video.reformatter.VideoReformatter().reformat)
+        a, b, c, d = next(map(matrix, self.plain()), (1, 0, 0, 1))
+        return a * d < b * c
+
+    def check(self):
+        length = len(self)
+        self.confirm()
+        if not self.length:
+            raise VideoError(self.path, "no frame can be decoded")
+        height, width = self.size
+        found = dict(
+            frames=length, decoded=self.length, width=width, height=height, errors=max(self.errors, self.damaged)
+        )
+        return found | dict(decoder=self.name)
+
+    def missing(self):
+        return self.stream.frames - len(self.packets) if self.container.format.name.startswith("mov,") else 0
 
     def converter(self, max_short_side):
         """A function: frame -> uint8 [H, W, 3], RGB, upright, scaled down to max_short_side (None: as it is)."""
         # one of each for all frames: a new one a frame costs up to 3 ms; threads=1: three times as fast as the default
-        shrink, convert = (self.av.video.reformatter.VideoReformatter().reformat for _ in range(2))
+        shrink, convert, copy = (self.av.video.reformatter.VideoReformatter().reformat for _ in range(3))
+        matrix = display_matrices(copy)
 
         def rgb(frame):
             height, width = scaled_size(frame.height, frame.width, max_short_side)
-            matrix = display_matrix(frame)
             if (height, width) != (frame.height, frame.width):  # before the conversion: both at once take longer
                 frame = shrink(frame, width, height, interpolation="AREA", threads=1)
-            return upright(convert(frame, format="rgb24", threads=1).to_ndarray(), matrix)
+            return upright(convert(frame, format="rgb24", threads=1).to_ndarray(), matrix(frame))
 
         return rgb
 
     def decode(self, wanted, max_short_side=None):
+        """As fetch, from the start to the last frame wanted."""
         remaining, frames, index, frame = set(wanted), {}, -1, None
         rgb = self.converter(max_short_side)
-        for index, frame in enumerate(self.shown()):
+        for index, frame in enumerate(self.plain()):
             if index in remaining:
                 frames[index] = rgb(frame)
                 remaining.discard(index)
                 if not remaining:
-                    break
-        else:
-            self.length = index + 1  # the end was seen
-        if remaining and frame is not None:
+                    return frames
+        self.length = index + 1  # the end was seen
+        if frame is not None:
             frames[index] = rgb(frame)
         return frames
 
+    # ----------------------------------------------------------------------------------------- by the packets' times
+
     def fetch(self, wanted, max_short_side=None):
-        if self.timeline is not None:
-            try:
-                frames = self._by_time(self.timeline, wanted, max_short_side)
-            except (self.av.FFmpegError, OSError):
-                frames = None
+        if self.survey is not None:
+            frames = self.by_times(wanted, max_short_side)
             if frames is not None:
                 return frames
-            self.timeline = self.length = None  # what came out is not what the packets said
+            self.confirm()
         return self.decode(wanted, max_short_side)
 
-    def _by_time(self, timeline, wanted, max_short_side):
-        """As decode, or None where other frames come out than the packets said."""
-        times = timeline.times
+    def by_times(self, wanted, max_short_side):
+        """As fetch; None where what comes out is not what the packets said."""
+        times, starts, skip = self.survey
         goal = {times[i]: i for i in {min(i, len(times) - 1) for i in wanted}}
         rgb, frames, context = self.converter(max_short_side), {}, self.stream.codec_context
-        for first, last in self._runs(timeline, goal):
-            shown, due = [], set()
-            context.flush_buffers()
-            for packet in itertools.chain(self._read_packets(timeline, first, last), [None]):
-                if packet is not None and not packet.is_discard and packet.pts not in timeline.hidden:
-                    due.add(packet.pts)
-                unwanted = packet is not None and packet.pts not in goal
-                context.skip_frame = "NONREF" if timeline.reordered and unwanted else "DEFAULT"
-                for frame in context.decode(packet):  # None: out with what the codec holds back
-                    if frame.is_corrupt:  # patched from what happened to be decoded before it
-                        return None
-                    shown.append(frame.pts)
-                    if frame.pts in goal:
-                        frames[goal[frame.pts]] = rgb(frame)
-            if timeline.reordered:  # else nothing was skipped, and all that is due is checked
-                due &= goal.keys() | set(shown)
-            if shown != sorted(due):
-                return None
+        try:
+            for run in self.runs(goal, starts):
+                shown = []
+                context.flush_buffers()
+                for packet in (*run, None):  # None: out with what the codec holds back
+                    unwanted = packet is not None and packet.pts not in goal
+                    context.skip_frame = "NONREF" if skip and unwanted else "DEFAULT"
+                    for frame in context.decode(packet):
+                        if frame.is_corrupt:
+                            return None
+                        shown.append(frame.pts)
+                        if frame.pts in goal:
+                            frames[goal[frame.pts]] = rgb(frame)
+                # pictures shown before the key frame the run starts at may refer to what stands before it
+                begin = run[0].pts
+                due = {packet.pts for packet in run if not packet.is_discard and packet.pts >= begin}
+                due &= goal.keys() | set(shown) if skip else self.places.keys()
+                if [time for time in shown if time >= begin] != sorted(due):
+                    return None
+        except (self.av.FFmpegError, Doubt):
+            return None
         return frames if len(frames) == len(goal) else None
 
-    def _runs(self, timeline, goal):
-        """The packets to decode for the times in goal: [first, last] places, from a start to a wanted frame."""
-        order, starts = timeline.order, timeline.starts
-        places, bounds = {time: i for i, time in enumerate(order)}, []
+    def runs(self, goal, starts):
+        """Yields the packets to decode for the times in goal: lists from a start to a wanted frame."""
+        bounds = []
         for time in sorted(goal):
-            last = places[time]
+            last = self.places[time]
             key = bisect.bisect_right(starts, last) - 1
-            while order[starts[key]] > time:  # shown before the key frame it follows
+            while self.packets[starts[key]].pts > time:  # shown before the key frame it follows
                 key -= 1
             if bounds and starts[key] <= bounds[-1][1]:
                 bounds[-1][1] = max(last, bounds[-1][1])
             else:
                 bounds.append([starts[key], last])
-        return bounds
+        for first, last in bounds:
+            yield self.found_again(first, last) if self.large else self.packets[first : last + 1]
 
-    def _read_packets(self, timeline, first, last):
-        """The packets with these places: from memory, or read again from the key frame on."""
-        if self.packets is not None:
-            yield from self.packets[first : last + 1]
-            return
-        self.container.seek(timeline.order[first], stream=self.stream)
-        place = None
-        for packet in self.container.demux(self.stream):
-            if packet.size == 0:
-                return
-            if place is None:
-                place = first if packet.pts == timeline.order[first] else None
-            if place is not None:
-                yield packet
-                if place == last:
-                    return
-                place += 1
-
-    def _survey(self):
-        """(all packets or None where the file is large, Timeline or None where the packets do not tell)."""
-        key = self._identity()
-        if not self.keep and key in _SURVEYED:
-            return None, _SURVEYED[key]
-        packets, entries = [], []
-        try:
+    def found_again(self, first, last):
+        """The packets first to last of a large file. Raises: Doubt where they are not there any more."""
+        wanted, second = self.packets[first : last + 1], round(1 / self.stream.time_base)
+        late = wanted[0].dts if wanted[0].dts is not None else wanted[0].pts
+        for target in (wanted[0].pts, late, late - second, late - 30 * second, None):
+            if target is None:
+                begin = [mark.dts for mark in self.packets if mark.dts is not None] or [0]
+                target = begin[0] - second
+            self.container.seek(target, stream=self.stream)
+            found = []
             for packet in self.container.demux(self.stream):
-                if packet.size:
-                    entries.append(self._entry(packet))
-                    if self.keep:
-                        packets.append(packet)
-        except (self.av.FFmpegError, OSError):
-            if not entries:
-                raise
-            entries.append((None, None, False))  # the file cannot be read further
-        timeline = self._timeline(entries)
-        if self.keep:
-            return packets, timeline
-        while len(_SURVEYED) >= 16:  # some 10 MB for an hour of video
-            _SURVEYED.pop(next(iter(_SURVEYED)))
-        _SURVEYED[key] = timeline
-        return None, timeline
+                if packet.size == 0:
+                    continue
+                if not found and packet.pts != wanted[0].pts:
+                    if self.places.get(packet.pts, -1) > first:
+                        break  # it landed behind
+                    continue
+                found.append(packet)
+                if packet.pts != wanted[len(found) - 1].pts:
+                    raise Doubt
+                if len(found) == len(wanted):
+                    return found
+        raise Doubt
 
-    def _entry(self, packet):
-        """(pts, kind: see _picture, whether an edit list hides it) of a packet."""
-        kind = None if packet.is_corrupt else _picture(packet, self.stream.codec_context)
-        return packet.pts, kind, packet.is_discard
+    @functools.cached_property
+    def places(self):
+        """{time (pts) of a packet that shows a frame: its place among the packets}"""
+        shown = enumerate(zip(self.packets, self.units, strict=True))
+        return {packet.pts: place for place, (packet, unit) in shown if unit.frames}
 
-    def _timeline(self, entries):
-        """What the packets say, or None. They tell where each is one whole picture with a time of its own, and decoding
-        can start at the first. Interlaced video may have two packets a frame; a file that was cut between key frames
-        begins with packets that show nothing."""
-        codec, order = self.stream.codec_context, [time for time, _, _ in entries]
-        kinds = [kind for _, kind, _ in entries]
-        if not order or None in order or None in kinds or len(set(order)) < len(order):
+    @functools.cached_property
+    def survey(self):
+        """What the packets say, or None where it does not tell which frame is which.
+
+        Returns: times (pts) of the frames in the order shown; places of the packets at which decoding may start;
+        whether the codec is told to skip: without reordering nothing would be, and then all that is due is checked.
+        """
+        if self.units is None:
             return None
-        if (
-            codec.field_order not in (0, 1) or kinds[0] != "start" or order[0] > min(order)
-        ):  # 0: unknown, 1: progressive
+        codec = self.stream.codec_context
+        shown = [packet for packet, unit in zip(self.packets, self.units, strict=True) if unit.frames]
+        times = [packet.pts for packet in shown]
+        if not times or None in times or len(self.places) < len(times) or times[0] > min(times):
             return None
-        ascending = order == sorted(order)
-        if codec.has_b_frames and (ascending or self.container.format.name == "avi"):  # these are times of decoding
+        in_order = times == sorted(times)
+        if codec.has_b_frames and (in_order or self.container.format.name == "avi"):  # these are times of decoding
             return None
-        if ascending and "B" in kinds:
-            return None
-        hidden = {time for time, kind, _ in entries if kind == "hidden"}
-        times = sorted(time for time, kind, discard in entries if kind != "hidden" and not discard)
-        starts = [place for place, kind in enumerate(kinds) if kind == "start"]
-        return Timeline(times, order, hidden, starts, not ascending) if times else None
+        starts = [place for place, unit in enumerate(self.units) if unit.start]
+        skip = not in_order and codec.codec.canonical_name != "hevc"  # its marks are of temporal layers
+        return sorted(packet.pts for packet in shown if not packet.is_discard), starts, skip
 
 
-COVER = 1 << 10 | 1 << 11  # FFmpeg's dispositions attached_pic and timed_thumbnails
-# What one process has found out by reading a whole file; the same whenever it is found out.
-_COUNTED, _SURVEYED = {}, {}
+def remember(cache, key, value, count):
+    """Of the surveys of large files 8 are kept: some 15 MB for an hour of video each."""
+    cache[key] = value
+    while len(cache) > count:
+        cache.popitem(last=False)
 
 
-def damage(video, decoded):
-    """What is missing in a video whose frames were all decoded, in words, or None. video: a PyAVReader."""
-    claimed = video.stream.frames if "mp4" in video.container.format.name else 0  # where a header can be relied on
-    parts = [f"{video.errors} damaged packets left out"] if video.errors else []
-    if claimed > decoded + MAX_SHORTFALL:
-        parts.append(f"{decoded} of {claimed} frames")
-    return ", ".join(parts) or None
+def pixels(stream):
+    return 0 if stream.codec_context is None else stream.codec_context.height * stream.codec_context.width
 
 
-def open_container(path):
-    """PyAV's container of a file. HMDB51 has text that is not UTF-8, which PyAV 19 ignores unasked."""
-    import av
+def display_matrices(reformat):
+    """A function: frame -> (a, b, c, d) of x' = a x + c y, y' = b x + d y, which says where a player shows a pixel (ISO
+    14496-12), in 16.16. Read once for all frames of one rotation.
 
-    options = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
-    return av.open(path, **options)
+    PyAV ties a frame that is asked for its side data into a cycle, so that it goes back to the decoder's pool when
+    Python happens to collect garbage, and what a damaged picture lacks would come from another old picture in every
+    run. So a small copy is asked. reformat: of a VideoReformatter.
+    """
+    known = {}
 
+    def matrix(frame):
+        rotation = frame.rotation
+        if rotation not in known:
+            data = reformat(frame, 8, 8, "gray", threads=1).side_data.get("DISPLAYMATRIX")
+            known[rotation] = (1, 0, 0, 1) if data is None else np.frombuffer(data, np.int32)[[0, 1, 3, 4]].tolist()
+        return known[rotation]
 
-def display_matrix(frame):
-    """2 x 2 float: where the display matrix of a frame takes (column, row); the identity where there is none."""
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return np.eye(2)
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5] / 65536.0
-    return np.array([[a, c], [b, d]])
+    return matrix
 
 
 def upright(image, matrix):
-    """Turns and mirrors [H, W, C] as players do: (column, row) goes to matrix @ (column, row), to right angles."""
-    (a, c), (b, d) = matrix
-    if abs(a) + abs(d) >= abs(b) + abs(c):  # columns stay columns
-        horizontal, vertical = a, d
-    else:
-        image, horizontal, vertical = image.swapaxes(0, 1), c, b
-    return image[:: -1 if vertical < 0 else 1, :: -1 if horizontal < 0 else 1]
-
-
-def _picture(packet, codec):
-    """What a packet is: "start" (a picture that refers to none before it, nor does what follows), "frame" (another
-    picture; of MPEG-4 its kind), "hidden" (decoded, not shown), or None where it is not one whole picture, or where
-    this cannot be told."""
-    name = codec.name
-    if name in ("h264", "hevc"):
-        unit = _first_slice(bytes(packet), codec.extradata, name)
-        if unit is None:
-            return None
-        return "start" if unit in {"h264": (5,), "hevc": (16, 17, 18, 19, 20)}[name] else "frame"
-    if name == "mpeg4":
-        kind = _vop_kind(packet)
-        return "start" if kind == "I" else kind
-    if name in ("mjpeg", "prores", "rawvideo"):
-        return "start"
-    if name in ("av1", "libdav1d"):
-        return "start" if packet.is_keyframe else "frame"
-    if name in ("vp8", "vp9"):
-        data = bytes(memoryview(packet)[:6])
-        if len(data) < 6:
-            return None
-        if name == "vp8":
-            if not data[0] & 1:
-                return "start" if data[3:] == b"\x9d\x01\x2a" else None
-            return "frame" if data[0] >> 4 & 1 else "hidden"
-        if data[0] >> 6 != 2:  # VP9's frame marker
-            return None
-        return "start" if packet.is_keyframe else "frame"
-    return None
-
-
-def _first_slice(data, extradata, name):
-    """Type of the first slice in an access unit of H.264 or HEVC, or None where the units are damaged or hold none."""
-    shift, mask, slices = (0, 31, range(1, 6)) if name == "h264" else (1, 63, range(32))
-    if extradata and extradata[0] == 1:  # avcC, hvcC (mp4, mkv): the size of each unit stands before it
-        width = (extradata[4 if name == "h264" else 21] & 3) + 1
-        at, found = 0, None
-        while at + width < len(data):
-            kind = data[at + width] >> shift & mask
-            if data[at + width] & 128:  # the forbidden bit
-                return None
-            if found is None and kind in slices:
-                found = kind
-            size = int.from_bytes(data[at : at + width])
-            if size == 0:
-                return None
-            at += width + size
-        return found if at == len(data) else None
-    for start in re.finditer(b"\0\0\1(.)", data, re.DOTALL):
-        kind = start[1][0] >> shift & mask
-        if not start[1][0] & 128 and kind in slices:
-            return kind
-    return None
-
-
-def _vop_kind(packet):
-    """ "I", "P", "B" or "S" for the one MPEG-4 picture in a packet; None where there are more (packed B-frames), or
-    where it is too short to be a picture (a placeholder, after which the decoder shows nothing)."""
-    _, _, picture = bytes(packet).partition(b"\0\0\1\xb6")
-    return None if len(picture) < 12 or b"\0\0\1\xb6" in picture else "IPBS"[picture[0] >> 6]
+    """An image [H, W, C], turned and mirrored as the display matrix says (phones, front cameras), and as players and
+    FFmpeg show it. A matrix that is none of the eight quarter turns and mirrors is left alone."""
+    a, b, c, d = matrix
+    if max(abs(a), abs(d)) < 0.02 * min(abs(b), abs(c)):
+        image, a, d = image.swapaxes(0, 1), c, b
+    elif max(abs(b), abs(c)) >= 0.02 * min(abs(a), abs(d)):
+        return image
+    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 DECODERS = {"decord": DecordReader, "pyav": PyAVReader}
 
 
 def _brief(error):
-    return re.sub(r"\[[\d:]+\] \S+: ", "", str(error).strip().split("\n")[0])  # without decord's time and source file
+    # without decord's time and source file
+    return re.sub(r"\[[\d:]+\] \S+: ", "", (str(error).strip() or type(error).__name__).split("\n")[0])
+
+
+@contextlib.contextmanager
+def one_line(path, package):
+    """Makes whatever a back end fails with a VideoError that names the package's version."""
+    try:
+        yield
+    except VideoError:
+        raise
+    except Exception as error:
+        version = getattr(sys.modules.get(package), "__version__", "(of unknown version)")
+        reason = f"{package} {version} failed in a way it should not ({type(error).__name__}: {_brief(error)})"
+        raise VideoError(path, reason) from error
 
 
 @functools.cache
@@ -587,34 +565,67 @@ def decoders_for(path, decoder="auto"):
 def open_video(path, decoder="auto"):
     """Opens a video with one of DECODERS, or "auto", and returns its VideoReader. Raises VideoError; ImportError."""
     if os.path.isdir(path):
-        raise VideoError(
-            path, "a folder, perhaps of frames: only video files are read; make one of the frames (ffmpeg)"
-        )
+        reason = "a folder, not a video: folders of frames are not read; make each a video first, such as with ffmpeg"
+        raise RefusedVideo(path, f"{reason} -framerate 25 -i FOLDER/%05d.jpg VIDEO.mp4")
     if not os.path.isfile(path):
-        raise VideoError(path, "no such file")
-    reader = DECODERS[decoders_for(path, decoder)[0]]
-    with foreseen(path, reader.package):
-        video = reader(path)
-        if len(video) == 0:
+        raise RefusedVideo(path, "not a regular file" if os.path.lexists(path) else "no such file")
+    name = decoders_for(path, decoder)[0]
+    with one_line(path, DECODERS[name].package):
+        video = open_with_decord(path) if name == "decord" else PyAVReader(path)
+        try:
+            if len(video) == 0:
+                raise VideoError(path, "no frames")
+        except BaseException:
             video.close()
-            raise VideoError(path, "no frame can be decoded")
+            raise
     return video
+
+
+def open_with_decord(path):
+    """decord for what it reads exactly: a clip of equal packets, one a frame, in a container in which it seeks. PyAV
+    reads the rest: of that decord would give other frames, copies, or memory that nobody wrote. Without PyAV, or where
+    PyAV cannot read the file, decord's word is taken."""
+    if not _imports("av"):
+        return DecordReader(path)
+    try:
+        with one_line(path, "av"):
+            video = PyAVReader(path)
+    except RefusedVideo:
+        raise
+    except VideoError:
+        return DecordReader(path)
+    codec, packets = video.stream.codec_context, video.packets
+    if (
+        video.units is None
+        or any(packet.is_discard for packet in packets)
+        or len(packets) > video.length + MAX_SHORTFALL
+        or any(packet.is_keyframe and not unit.start for packet, unit in zip(packets, video.units, strict=True))
+        or not video.container.format.name.startswith(("mov,", "matroska,", "avi"))
+        or len(video.container.streams.video) > 1
+        or codec.codec.canonical_name not in ("h264", "mpeg4", "vp8", "vp9")
+        or codec.pix_fmt not in ("yuv420p", "yuvj420p")
+        or codec.height % 2 + codec.width % 2
+        or codec.field_order > 1  # interlaced: newer FFmpeg brings the colours of the fields to full size one by one
+        or video.mirrored()
+    ):
+        return video
+    video.close()
+    return DecordReader(path, video.length)
 
 
 def read_frames(path, choose, decoder="auto", max_short_side=None):
     """Opens a video, asks choose(number of frames) for indices, reads them and closes it: uint8 [n, H, W, 3].
 
-    Where decoding shows that there is another number of frames, it asks once more. "auto" tries the other back end
-    where the first cannot open the file. max_short_side: see VideoReader.read.
+    "auto" asks the other back end where the first cannot read the file. See VideoReader.read.
     Raises: VideoError with the first one's reason.
     """
-    first = None
+    errors = []
     for name in decoders_for(path, decoder):
         try:
             with open_video(path, name) as video:
-                return video.read_chosen(choose, max_short_side)
-        except CannotOpen as error:
-            first = first or error
+                return video.read(choose, max_short_side)
         except VideoError as error:
-            raise first or error from None
-    raise first
+            errors.append(error)
+            if isinstance(error, RefusedVideo):
+                break
+    raise errors[0]

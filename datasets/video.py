@@ -106,7 +106,7 @@ class TrainVideoDataset(Dataset):
         raise VideoError(self.list_path, f"{reason} (check the list's paths, and that the files play)")
 
     def load(self, index, rng):
-        def choose(length):  # one pass over the file for all clips
+        def choose(length):  # one pass over the file for all clips; drawn again where decoding finds another length
             draw = (length, self.num_frames, self.stride, rng, self.num_segments)
             return [i for _ in range(self.num_sample) for i in clip_indices(*draw)]
 

@@ -47,9 +47,14 @@ def shapes(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("shapes"), train=20, val=10, size=32, frames=20)
 
 
+def open_av(path):
+    """Some of HMDB51's files hold text that is not UTF-8; from PyAV 19 on it is ignored always."""
+    return av.open(str(path), **({} if int(av.__version__.split(".")[0]) > 18 else dict(metadata_errors="ignore")))
+
+
 def whole_video(path):
     """Every frame by a plain sequential decode, uint8 [n, H, W, 3]; the reference for both back ends."""
-    with decoding.open_container(str(path)) as container:
+    with open_av(path) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
@@ -75,7 +80,7 @@ def test_list_formats(tmp_path):
         ("a.mp4 1\n\nb.mp4\n", ["line 3", "no label", "path label"]),
         ("# note\na.mp4 1\nb.mp4 one\n", ["line 3", "'one'", "not an integer"]),
         ("a.mp4 1.0\n", ["line 1", "'1.0'", "not an integer"]),
-        ("path,label\na.mp4,1\n", ["line 1", "'label'", "not an integer"]),
+        ("path,label\na.mp4,1\n", ["line 1", "header"]),
         ("\n# nothing\n", ["names no video", "path label"]),
         (b"\xff\xfe\x00\x81", ["not a text file"]),
     ],
@@ -114,13 +119,27 @@ def test_decoders_return_the_frames_asked_for(real_clips, decoder):
         requests = [[0], [5], [n - 1], [n // 2, 3, 3, n - 1, 0], list(range(20, n - 1, 7)), rng.choices(range(n), k=8)]
         for indices in requests:
             with open_video(str(path), decoder) as reader:
-                assert len(reader) == n, path  # HMDB51: one less than the header claims
+                assert len(reader) == n, path
                 got = reader.read(indices)
             assert got.dtype == torch.uint8 and got.shape == (len(indices), *frames.shape[1:])
             difference = np.abs(got.numpy().astype(int) - frames[indices])
             # decord brings FFmpeg 4, whose MPEG-4 decoder rounds a few pixels of UCF101 otherwise
             assert difference.max() <= (2 if decoder == "decord" else 0), (path, indices)
             assert (difference > 0).mean() < 1e-3
+
+
+@pytest.mark.parametrize("decoder", BACK_ENDS)
+def test_header_that_claims_a_frame_too_many(real_clips, decoder):
+    """HMDB51's headers do; the frame is not counted, and who asks for it gets the last one."""
+    for path, frames in real_clips.items():
+        if path.parent.name == "hmdb51":
+            with open_video(str(path), decoder) as reader:
+                claimed = len(reader)
+                got = reader.read([claimed - 1, claimed])
+                assert claimed == len(frames)
+                assert np.array_equal(got[0], frames[-1]) and np.array_equal(got[1], frames[-1])
+                with pytest.raises(VideoError, match="truncated or damaged"):
+                    reader.read([len(reader) + decoding.MAX_SHORTFALL])
 
 
 @pytest.mark.parametrize("decoder", BACK_ENDS)
@@ -177,17 +196,17 @@ def test_packets_that_an_edit_list_hides_are_not_counted(shapes, tmp_path):
 
 
 @pytest.mark.parametrize("decoder", BACK_ENDS)
-def test_damaged_payload_costs_the_damaged_frames(shared_data, decoder, tmp_path):
+def test_a_damaged_half_is_left_out(shared_data, decoder, tmp_path):
     path = tmp_path / "fast_start.mp4"
     remux(shared_data / "clips/kinetics400/WUzgd7C1pWA.mp4", path, movflags="faststart")
     whole = path.read_bytes()
     half = len(whole) // 2
     path.write_bytes(whole[:half] + random.Random(0).randbytes(len(whole) - half))
     with open_video(str(path), decoder) as reader:
-        assert 100 < len(reader) < 327  # what can be decoded, not what the index at its head says
+        assert 100 < len(reader) < 200  # the index at its head says 327
         assert reader.read([0, 60]).shape == (2, 256, 340, 3)
-        with pytest.raises(VideoError, match=r"fast_start.mp4: .*(damaged|cannot decode)"):
-            reader.read([len(reader) + 10])
+        with pytest.raises(VideoError, match=r"fast_start.mp4: .*damaged"):
+            reader.read([200])
 
 
 @pytest.mark.parametrize("decoder", BACK_ENDS)
@@ -251,31 +270,24 @@ def test_decoder_choice(monkeypatch):
 
 @pytest.mark.skipif(not decoding._imports("decord"), reason="no decord")
 def test_auto_reads_with_the_other_decoder_what_the_first_refuses(shapes, tmp_path, monkeypatch):
-    """decord is asked only where PyAV cannot open a file; the reason reported is the first back end's. decord cannot
-    copy frames of 48 pixels' width."""
+    """The reason reported is the first back end's. decord cannot copy frames of 48 pixels' width."""
     path = str(shapes / "videos/val_00000.mp4")
     frames = read_frames(path, lambda length: [length - 1, 0])
     assert torch.equal(frames, read_frames(path, lambda length: [19, 0], "decord"))
     narrow = str(tmp_path / "narrow.mp4")
-    write_video(narrow, np.random.default_rng(0).integers(0, 256, (4, 48, 48, 3), dtype=np.uint8))
+    write_video(narrow, np.full((4, 48, 48, 3), 100, np.uint8))
     with pytest.raises(VideoError, match="decord"):
         read_frames(narrow, lambda length: [0], "decord")
 
-    def refuse(error):
-        def init(self, path):
-            raise error(path, "PyAV will not")
+    def refuse(self, *args):
+        raise VideoError(self.path, "PyAV will not")
 
-        monkeypatch.setattr(decoding.PyAVReader, "__init__", init)
-
-    refuse(decoding.CannotOpen)
+    monkeypatch.setattr(decoding.PyAVReader, "read", refuse)
     assert torch.equal(frames, read_frames(path, lambda length: [length - 1, 0]))
     with pytest.raises(VideoError, match="narrow.mp4: PyAV will not"):
         read_frames(narrow, lambda length: [0])
     with pytest.raises(VideoError, match="no such file"):
         read_frames(str(tmp_path / "none.mp4"), lambda length: [0])
-    refuse(VideoError)
-    with pytest.raises(VideoError, match="PyAV will not"):
-        read_frames(path, lambda length: [length - 1, 0])
 
 
 # ------------------------------------------------------------------------------------------------- clip sampling

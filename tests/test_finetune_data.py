@@ -702,7 +702,7 @@ def test_training_batches_are_what_the_flags_say(videos, settings):
     ]  # fmt: skip
     order = list(loader.sampler)
     for number, batch in enumerate(batches):
-        per_batch = 4 // args.num_sample
+        per_batch = 4  # videos
         expected = []
         for index, seed in order[number * per_batch : (number + 1) * per_batch]:
             rng, frames = random.Random(seed), whole_video(videos / f"{index}.mp4")

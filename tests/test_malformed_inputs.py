@@ -204,8 +204,8 @@ def test_lines_are_taken_apart_as_the_obvious_expression_does(tmp_path):
         path.write_text(f"{line}\nz.mp4 0\n")
         with about(repr(line)):
             found = check_list(path)
-            if match and not match["path"].strip(" ,\t"):
-                pass  # commas for a path: may be refused
+            if match and (not match["path"].strip(" ,\t") or match["path"].endswith(",")):
+                pass  # an empty column, commas for a path: may be refused
             elif match and -1 <= int(match["label"]) < 10**9:
                 assert (found[0][0], found[1][0]) == (os.path.join(tmp_path, match["path"]), int(match["label"]))
             else:

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.decoding import VideoError, open_container, open_video
+from datasets.decoding import VideoError, open_video
 from datasets.lists import read_list
 from datasets.moving_shapes import write_video
+from tests.test_datasets import open_av
 from tools import check_videos, make_lists, make_subset, resize_videos
 from tools.common import in_processes, run_all, write_list
 from utils import UsageError
@@ -479,7 +480,6 @@ def moving(frames, height, width, seed=0, grey=False):
 def write_clip(path, clip, codec="libx264", pix_fmt="yuv420p", times=None, tags=None, **options):
     """Encodes uint8 [T, H, W, 3] at 25 frames a second, or at the given times in milliseconds; tags: colour tags. The
     index of an .mp4 is at its head."""
-    path.parent.mkdir(exist_ok=True)
     with av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], pix_fmt
@@ -570,33 +570,35 @@ def test_damage_anywhere_is_found(tmp_path, decoder):
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 2000] = bytes(2000)
     path.write_bytes(data)
-    if decoder == "decord":  # it stops there
-        with pytest.raises(VideoError, match="whole.mp4: decord cannot decode it"):
-            check_videos.check_video(str(path), decoder)
-        return
     found = check_videos.check_video(str(path), decoder)
-    damaged = found["errors"]
-    assert damaged > 0 and found["frames"] == found["decoded"] == 60 - damaged
-    assert found["reason"] == f"{damaged} damaged packets left out" + f", {60 - damaged} of 60 frames" * (damaged > 2)
+    assert 56 < found["frames"] == found["decoded"] < 60 and found["errors"] > 0
 
 
 def test_second_decoder_is_said_why(tmp_path, monkeypatch):
-    """Without its end a file opens with PyAV alone, and is shorter. PyAV comes first, so the order is turned here."""
     pytest.importorskip("decord")
     noise = np.random.default_rng(0).integers(0, 256, (60, 32, 64, 3), dtype=np.uint8)
     path = write_clip(tmp_path / "a.mp4", noise, g="10", bf="0")
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
-    monkeypatch.setattr(check_videos, "decoders_for", lambda path, decoder: ["decord", "pyav"])
+    monkeypatch.setattr(av, "open", lambda *_, **__: 1 / 0)
     found = check_videos.check_video(str(path), "auto")
-    assert found["reason"].startswith("decord cannot open it")
-    assert found["decoder"] == "pyav" and 40 < found["decoded"] < 50
+    assert found["reason"].startswith(f"av {av.__version__} failed")
+    assert found["decoder"] == "decord" and found["decoded"] == 60
 
 
-def test_header_that_claims_a_frame_too_many_is_not_believed(shared_data):
+def test_what_the_header_claims_beyond_the_end_is_said(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 32, 64, 3), dtype=np.uint8)
+    path = write_clip(tmp_path / "a.mp4", noise, g="10", bf="0")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    found = check_videos.check_video(str(path), "auto")
+    assert 40 < found["frames"] == found["decoded"] < 50
+    assert f"{60 - found['decoded']} frames" in found["reason"] or f"{59 - found['decoded']} frames" in found["reason"]
+
+
+def test_header_that_claims_a_frame_too_many_is_reported(shared_data):
     for path in sorted((shared_data / "clips/hmdb51").glob("*.avi")):
         found = check_videos.check_video(str(path), "auto")
         assert found["decoder"] == "pyav" and found["frames"] == found["decoded"]
-        assert found["decoded"] == len(frames_of(path))
+        with open_av(path) as container:
+            assert found["decoded"] == sum(1 for _ in container.decode(video=0))
     for path in [*(shared_data / "clips/ssv2").glob("*.webm"), *(shared_data / "clips/ucf101").glob("*.avi")]:
         found = check_videos.check_video(str(path), "auto")
         assert found["frames"] == found["decoded"] > 50
@@ -620,7 +622,7 @@ def resize(source, target, short_side=64, gop=8, crf=10):
 
 
 def raw_packets(path):
-    with open_container(str(path)) as container:
+    with open_av(path) as container:
         assert [stream.type for stream in container.streams] == ["video"]
         return [(p.pts and p.pts * p.time_base, p.is_keyframe) for p in container.demux(video=0) if p.size]
 
@@ -731,11 +733,10 @@ def test_stream_without_times_and_change_of_size(tmp_path):
     times = [at for at, _ in packets_of(resize(source, tmp_path / "a.mp4"))]
     np.testing.assert_allclose(times, np.arange(12) / 25, atol=1e-4)
     source.write_bytes(source.read_bytes() + write_clip(tmp_path / "b.h264", moving(12, 80, 96), bf="0").read_bytes())
-    assert frames_of(resize(source, tmp_path / "b.mp4")).shape == (24, 64, 64, 3)  # all at the size of the first
-    found = check_videos.check_video(str(source), "pyav")
-    assert "12 of 64 x 64, 12 of 96 x 80" in found["reason"] and found["decoded"] == 24
-    with open_video(str(source), "pyav") as video:
-        assert video.read([0, 23]).shape == (2, 64, 64, 3) and video.read([20, 23]).shape == (2, 80, 96, 3)
+    with pytest.raises(VideoError, match="a.h264: .*the frame size changes"):
+        resize(source, tmp_path / "b.mp4")
+    with pytest.raises(VideoError, match="a.h264: the frame size changes"):
+        check_videos.check_video(str(source), "pyav")
 
 
 @pytest.mark.parametrize("quarters", [1, 2, 3])
@@ -758,7 +759,7 @@ def test_phone_video_is_turned_upright(tmp_path, quarters):
 def test_real_clips_are_resized(shared_data, tmp_path):
     """One of each data set, among them AVI with B-frames, whose decoded frames have wrong times."""
     for source in [next((shared_data / "clips" / name).glob("[!L]*")) for name in ("hmdb51", "ucf101", "ssv2")]:
-        with open_container(str(source)) as container:
+        with open_av(source) as container:
             rate = float(container.streams.video[0].average_rate)
             original = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
         target = resize(source, tmp_path / f"{source.stem}.mp4", short_side=112, crf=18)
@@ -839,19 +840,16 @@ def test_resize_errors(clips, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_of_a_damaged_video_the_readable_frames_are_resized(tmp_path):
-    """As many as training reads, and check_videos reports; damaged.txt names the video."""
+def test_damaged_video_is_resized_as_far_as_it_decodes(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (60, 32, 64, 3), dtype=np.uint8)
-    source = write_clip(tmp_path / "in" / "a.mp4", noise, g="10", bf="0")
+    source = write_clip(tmp_path / "a.mp4", noise, g="10", bf="0")
     data = source.read_bytes()
     half = len(data) // 2
-    for number, damaged in enumerate((data[:half], data[:half] + bytes(2000) + data[half + 2000 :])):
+    for damaged in (data[:half], data[:half] + bytes(2000) + data[half + 2000 :]):
         source.write_bytes(damaged)
-        found = check_videos.check_video(str(source), "pyav")
-        out = tmp_path / f"out{number}"
-        resize_videos.main(["--videos", str(source.parent), "--output", str(out), "--num_workers", "1"])
-        assert len(frames_of(out / "a.mp4")) == found["decoded"] < 60
-        assert (out / "damaged.txt").read_text() == f"{source}: {found['reason']}\n"
+        length = check_videos.check_video(str(source), "pyav")["decoded"]
+        assert 56 < length < 60 if len(damaged) == len(data) else length in (29, 30)
+        assert len(frames_of(resize(source, tmp_path / "b.mp4"))) == length
 
 
 def test_frames_that_no_player_shows_are_left_out(tmp_path):

@@ -6,12 +6,13 @@ writes checked/train.clean.csv (a list: the videos that decode), checked/train.r
 label, status, reason, frames, decoded, errors, width, height, decoder), and the same for val. The exit status is 1 if
 any video is bad, so that a script can ask.
 
-A video is ok if training reads clips from it. A damaged packet is left out, as players do, and counted in `errors`;
-`reason` then says what is missing, so that a strict user can sort by it. `frames` is the length that clips are drawn
-from, `decoded` the number of frames that came out of a whole pass. Where one decoder could not open a video and the
-other read it, `reason` has the refusal of the first. A file may have lost its end without any sign (.webm, .avi, .ts).
-Each video is read in a process of its own, so a file that crashes the decoder or makes it hang is a bad video and not
-the end of the check.
+A video is good if training reads it. Training, the test and resize_videos.py go on behind a damaged packet, as players
+do, and so a damaged or truncated video is good as far as it decodes: `errors` counts the packets that do not decode, or
+in part only, and `reason` says what the file's header claims beyond the frames found. Take such videos out yourself if
+you do not want them. `frames` is the number that training draws clips from, `decoded` what came out when everything was
+decoded. They differ only where no packet's header shows the damage; a clip that meets it is then drawn anew. Where one
+decoder refused a video and the other read it, `reason` has the refusal of the first. Each video is read in a process
+of its own, so a file that crashes the decoder or makes it hang is a bad video and not the end of the check.
 """
 
 import argparse
@@ -20,74 +21,42 @@ import functools
 import io
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from datasets.decoding import (
-    DECODERS,
-    CannotOpen,
-    PyAVReader,
-    VideoError,
-    damage,
-    decoders_for,
-    foreseen,
-    open_video,
-)
+from datasets.decoding import DECODERS, MAX_SHORTFALL, RefusedVideo, VideoError, decoders_for, open_video
 from datasets.lists import read_list
 from tools.common import Formatter, run_all, run_tool, write_list, write_text
 from utils import UsageError
 
 COLUMNS = ("path", "label", "status", "reason", "frames", "decoded", "errors", "width", "height", "decoder")
-CHUNK = 16  # frames that decord decodes at a time: bounds the memory
 
 
 def check_video(path, decoder):
-    """Decodes a whole video as training would, with the other back end where "auto" allows it and the first cannot open
-    the file.
+    """Decodes a video as training would, with the other back end where "auto" allows it and the first one fails.
 
-    Returns: dict(frames = the length that clips are drawn from, decoded, errors = damaged packets left out, width,
-    height, decoder, reason = what is damaged, or why the first back end failed, or None).
+    Returns: dict(frames, decoded, errors, width, height, decoder, reason = why the first back end failed, or what the
+    header claims and is not there, or None).
     Raises: VideoError with the first back end's reason.
     """
     refusal = None
     for name in decoders_for(path, decoder):
         try:
-            with open_video(path, name) as video, foreseen(path, video.package):
-                found = decode_all(video)
-        except CannotOpen as error:
-            refusal = refusal or error
-            continue
+            with open_video(path, name) as video:
+                found = video.check()
+                missing = video.missing()
         except VideoError as error:
-            raise refusal or error from None
-        reasons = [refusal and str(refusal).removeprefix(f"{path}: "), found.pop("damage")]
-        return dict(found, decoder=name, reason="; ".join(filter(None, reasons)) or None)
+            refusal = refusal or error
+            if isinstance(error, RefusedVideo):
+                break
+            continue
+        reason = refusal and str(refusal).removeprefix(f"{path}: ")
+        if reason is None and missing > MAX_SHORTFALL:
+            reason = f"truncated or damaged: {missing} frames that its header claims are not there"
+        return dict(found, reason=reason)
     raise refusal
-
-
-def decode_all(video):
-    """The entries of check_video that one back end can tell. Raises VideoError."""
-    frames = len(video)
-    if isinstance(video, PyAVReader):
-        sizes, decoded = Counter(), 0
-        for frame in video.shown():
-            sizes[frame.height, frame.width] += 1
-            decoded += 1
-        errors, what = video.errors, damage(video, decoded)
-    else:
-        sizes, decoded, errors, what = Counter(), frames, None, None
-        for start in range(0, frames, CHUNK):
-            for frame in video.decode(range(start, min(start + CHUNK, frames))).values():
-                sizes[frame.shape[:2]] += 1
-    if not sizes:
-        raise VideoError(video.path, "no frame can be decoded")
-    if len(sizes) > 1:
-        several = ", ".join(f"{count} of {width} x {height}" for (height, width), count in sizes.items())
-        what = "; ".join(filter(None, [what, f"the frame size changes ({several}): clips are scaled to one"]))
-    height, width = next(iter(sizes))
-    return dict(frames=frames, decoded=decoded, errors=errors, width=width, height=height, damage=what)
 
 
 def check_lists(args, check=check_video):
@@ -120,6 +89,10 @@ def write_results(prefix, paths, labels, outcomes):
         if reason is None:
             good.append((path, label))
     write_text(f"{prefix}.report.csv", report.getvalue())
+    found = [found for found, reason in map(outcomes.get, paths) if reason is None]
+    damaged = sum(bool(one.get("errors") or one["reason"]) for one in found)
+    if damaged:
+        print(f"{prefix}.report.csv: {damaged} of the good videos are damaged (columns errors and reason)")
     clean = f"{prefix}.clean.csv"
     if good:
         write_list(clean, *zip(*good, strict=True))

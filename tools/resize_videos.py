@@ -14,12 +14,10 @@ their number, order and times; phone videos are turned upright. A video that is 
 
 Start it again after an interruption: what is finished is not done again, and no file has its final name before it is
 complete. Videos that cannot be read are named in failed.txt and left out of the new lists; the exit status is then 1.
-Of damaged videos the readable frames are written, as training reads them; damaged.txt names them.
 """
 
 import argparse
 import functools
-import itertools
 import json
 import os
 import sys
@@ -28,7 +26,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from datasets.decoding import VideoError, damage, decoders_for, display_matrix, open_video, upright
+from datasets.decoding import VideoError, decoders_for, display_matrices, open_video, upright
 from datasets.lists import read_list
 from tools.common import Formatter, find_videos, replacing, run_all, run_tool, temporary_name, write_list, write_text
 from utils import UsageError
@@ -42,75 +40,64 @@ def output_size(height, width, short_side):
 
 
 def resize_video(source, target, short_side, gop, crf):
-    """Writes source to target, which appears when it is complete. Returns what was damaged, in words, or None.
-
-    Raises: VideoError, naming source.
-    """
+    """Writes source to target, which appears when it is complete. Raises: VideoError, naming source."""
     import av
 
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with open_video(source, "pyav") as video, replacing(target) as temporary:
         try:
             with av.open(temporary, "w", format="mp4") as result:
-                count = encode(video, result, short_side, gop, crf)
-        except (av.FFmpegError, VideoError) as error:
+                encode(video, result, short_side, gop, crf)
+        except av.FFmpegError as error:
             raise VideoError(source, f"cannot be re-encoded ({error})") from error
-        return damage(video, count)
 
 
 def encode(video, result, short_side, gop, crf):
-    """Encodes the frames of an open PyAVReader into the container `result` and returns their number.
-
-    Their times are those of the packets and not their own, because AVI with B-frames (HMDB51) gives its frames wrong
-    ones; where the packets do not tell, the frames are evenly spaced.
-    """
+    """Encodes all frames that training reads of an open video (a PyAVReader) into the container `result`."""
     import av
     import numpy as np
 
     stream = video.stream
     rate = stream.average_rate or stream.guessed_rate or 25
     step = max(1, round(1 / (rate * stream.time_base)))
-    times = frame_times(video) or range(0, step * len(video), step)
-    convert = av.video.reformatter.VideoReformatter().reformat  # one for all frames: a fresh one each is slow
-    output, count = None, 0
-    clock = itertools.chain(times, itertools.count(times[-1] + step, step))
-    for frame, time in zip(video.shown(), clock, strict=False):
-        if output is None:  # a frame of another size, later, is scaled to that of the first
-            height, width = output_size(frame.height, frame.width, short_side)
-            matrix = display_matrix(frame)
-            sideways = upright(np.empty((1, 2, 1)), matrix).shape[0] == 2
+    # AVI gives the frames of a codec with B-frames wrong times (HMDB51); those of its packets are right
+    known = sorted({packet.pts for packet in video.packets} - {None}) if video.container.format.name == "avi" else []
+    # one of each for all frames: a fresh one each is slow
+    convert, copy = (av.video.reformatter.VideoReformatter().reformat for _ in range(2))
+    matrix_of = display_matrices(copy)
+    output = first = last = None
+    for number, frame in enumerate(video.plain()):
+        time = frame.pts if not known else known[number] if number < len(known) else None
+        if last is not None and (time is None or time <= last):
+            time = last + step
+        last = time or 0
+        matrix = matrix_of(frame)
+        if output is None:
+            size, first = (frame.height, frame.width), last
             # tune: a tenth more bytes, a quarter to a third less time to decode
             options = {"crf": str(crf), "g": str(gop), "bf": "0", "preset": "veryfast", "tune": "fastdecode"}
             output = result.add_stream("libx264", rate=rate, options=options)
-            output.height, output.width = (width, height) if sideways else (height, width)
+            height, width = output_size(*size, short_side)
+            output.height, output.width = upright(np.empty((height, width, 0)), matrix).shape[:2]
             output.pix_fmt = "yuv420p"
             context = output.codec_context
             context.thread_count = 1
             context.time_base = stream.time_base
             for tag in ("color_range", "colorspace", "color_primaries", "color_trc"):
                 setattr(context, tag, getattr(frame, tag))
-        as_stored = (matrix == np.eye(2)).all()
-        planes = "yuv420p" if as_stored else "yuv444p"
-        image = convert(frame, width, height, planes, interpolation="BICUBIC", threads=1)
-        if not as_stored:
-            turned = upright(image.to_ndarray().transpose(1, 2, 0), matrix).transpose(2, 0, 1)  # [3, H, W]
-            image = convert(av.VideoFrame.from_ndarray(np.ascontiguousarray(turned), planes), format="yuv420p")
-        image.pts, image.time_base, image.duration = time - times[0], stream.time_base, frame.duration
+        if (frame.height, frame.width) != size:
+            raise VideoError(video.path, "the frame size changes within the video")
+        turned = tuple(np.sign(matrix)) != (1, 0, 0, 1)
+        image = convert(frame, width, height, "yuv444p" if turned else "yuv420p", interpolation="BICUBIC", threads=1)
+        if turned:
+            planes = upright(image.to_ndarray().transpose(1, 2, 0), matrix).transpose(2, 0, 1)  # [3, H, W]
+            image = convert(av.VideoFrame.from_ndarray(np.ascontiguousarray(planes), "yuv444p"), format="yuv420p")
+        image.pts, image.time_base, image.duration = last - first, stream.time_base, frame.duration
         image.pict_type = 0  # else the encoder repeats the source's key frames and B-frames
         result.mux(output.encode(image))
-        count += 1
     if output is None:
-        raise VideoError("no frame can be decoded")
+        raise VideoError(video.path, "no frame can be decoded")
     result.mux(output.encode())
-    return count
-
-
-def frame_times(video):
-    """pts of the frames in the order shown, or None where the packets do not tell."""
-    if video.timeline is not None:
-        return video.timeline.times
-    times = sorted(p.pts for p in video.packets or () if p.pts is not None and not p.is_discard)
-    return times if len(set(times)) == len(video) == len(times) else None
 
 
 def plan(args):
@@ -164,11 +151,6 @@ def resize_videos(args):
     resize = functools.partial(resize_video, **settings)
     outcomes = run_all(resize, todo, args.num_workers, args.timeout)
     failed = {source: reason for (source, _), (_, reason) in zip(todo, outcomes, strict=True) if reason is not None}
-    damaged = {source: found for (source, _), (found, _) in zip(todo, outcomes, strict=True) if found is not None}
-    if damaged:
-        report = os.path.join(args.output, "damaged.txt")
-        write_text(report, "".join(f"{source}: {what}\n" for source, what in damaged.items()))
-        print(f"{report}: the {len(damaged)} videos of which only a part could be read")
     for source in failed:
         Path(temporary_name(targets[source])).unlink(missing_ok=True)  # of a process that died
     report = os.path.join(args.output, "failed.txt")
