@@ -22,7 +22,7 @@ compare: $(SETUP)
 	PYTHON=$(PYTHON) bash scripts/compare/embedded.sh
 
 test: $(SETUP)
-	$(PYTHON) -m pytest $(TESTS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile $(TESTS)
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .
