@@ -140,7 +140,7 @@ def add_data_flags(parser: argparse.ArgumentParser, data_path_help: str) -> argp
         "--decoder",
         default="auto",
         choices=["auto", *DECODERS],
-        help="auto: the faster one that is installed, then the other",
+        help="auto: PyAV, and decord where PyAV cannot open a file",
     )
     group.add_argument("--max_short_side", default=0, type=int, help="larger frames are decoded down to it; 0: native")
     group.add_argument("--num_workers", default=10, type=int, help="loader processes")
