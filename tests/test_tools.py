@@ -425,7 +425,7 @@ def test_crash_and_hang_cost_one_item_each(capsys):
     names = ["good1", "crash", "good2", "hang", "odd", "bad", "good3", "good4"]
     start = time.monotonic()
     outcomes = dict(zip(names, run_all(misbehave, [(f"/{name}.mp4",) for name in names], 2, 2), strict=True))
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 120  # not for ever; processes start slowly on a busy machine
     assert {name for name, (result, reason) in outcomes.items() if reason is None} == {
         "good1", "good2", "good3", "good4",
     }  # fmt: skip
