@@ -51,7 +51,7 @@ for host in 0 1; do
     hosts+=($!)
 done
 for host in "${hosts[@]}"; do wait "$host"; done
-grep -qh "^2 process(es) x 2 clips" "$WORK"/host_?.out
+grep -qh "^2 process(es) x 2 videos" "$WORK"/host_?.out
 
 "$PYTHON" - "$WORK/one/log.txt" "$WORK/two/log.txt" <<'PY'
 import json, math, sys
