@@ -19,7 +19,6 @@ import contextlib
 import functools
 import os
 import random
-import resource
 import statistics
 import tempfile
 import time
@@ -37,6 +36,7 @@ from datasets.build import EpochSampler, _worker_settings, build_pretraining_loa
 from datasets.lists import read_list
 from datasets.video import clip_indices
 from tools import resize_videos
+from utils import peak_memory
 
 
 def make_video(path, seed, frames, height, width):
@@ -211,8 +211,7 @@ def compare(flags, folder):
     times = {name: shares(make) for name, make in ours.items()}
     columns = ["ms a clip, one process", "open", "decode to RGB", "crop, resize", "flip, copies, collate", "sum"]
     print_table(columns, [[name, *(f"{value:.2f}" for value in values)] for name, values in times.items()])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak resident memory of this process: {peak:.0f} MiB")
+    print(f"peak resident memory of this process: {peak_memory(torch.device('cpu')) * 1024:.0f} MiB")
 
 
 if __name__ == "__main__":

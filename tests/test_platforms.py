@@ -1,7 +1,9 @@
 """Systems that this one is not: macOS, Windows; and no active environment."""
 
+import ast
 import math
 import os
+import pickle
 import subprocess
 import sys
 import tomllib
@@ -13,7 +15,10 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 import engine_for_finetuning
+import run_class_finetuning
+import run_mae_pretraining
 import utils
+from datasets.build import build_evaluation_loader, build_finetuning_loader, build_pretraining_loader
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [f"run_{name}.py" for name in ("mae_pretraining", "class_finetuning", "mae_vis")]
@@ -47,6 +52,51 @@ def test_scripts_start_where_posix_is_missing(script):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr[-2000:]
+
+
+POSIX_ONLY = {"resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "syslog", "posix"}
+
+
+def module_level_imports(path):
+    """Names of the modules that importing a file imports, whatever it then calls."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.partition(".")[0]
+
+
+def test_no_file_imports_what_windows_lacks():
+    files = [file for folder in ("", "datasets", "tools", "bench") for file in (ROOT / folder).glob("*.py")]
+    assert len(files) > 40
+    found = {str(file.relative_to(ROOT)): POSIX_ONLY & set(module_level_imports(file)) for file in files}
+    assert {file: names for file, names in found.items() if names} == {}
+
+
+def test_loaders_can_be_sent_to_workers(tmp_path):
+    """macOS and Windows start workers anew, Python 3.14 on Linux too: what they get has to be picklable."""
+    (tmp_path / "list.csv").write_text("".join(f"{number}.mp4 {number % 2}\n" for number in range(4)))
+    lists = ["--data_path", f"{tmp_path}/list.csv", "--eval_data_path", f"{tmp_path}/list.csv"]
+    finetune = run_class_finetuning.parse_args(
+        [
+            *lists,
+            "--data_set",
+            "custom",
+            "--nb_classes",
+            "2",
+            *"--batch_size 2 --num_workers 0 --device cpu".split(),
+            "--resplit",
+        ]
+    )
+    run_class_finetuning.check_flags(finetune)
+    pretrain = run_mae_pretraining.get_parser().parse_args(
+        [*lists[:2], *"--batch_size 2 --num_workers 0 --device cpu".split()]
+    )
+    loaders = [build_pretraining_loader(pretrain), build_finetuning_loader(finetune)]
+    loaders += [build_evaluation_loader(finetune, split) for split in ("val", "test")]
+    for loader in loaders:
+        dataset, _, _ = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn)))
+        assert len(dataset) == len(loader.dataset) == 4
 
 
 def no_meminfo(monkeypatch):

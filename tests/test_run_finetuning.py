@@ -497,34 +497,6 @@ def test_a_missing_video_counts_as_wrong_where_allowed(shapes, finetuned, tmp_pa
 # --- flags -------------------------------------------------------------------------------------------------------
 
 
-def test_videomaes_flags_and_defaults():
-    """../shared/FLAGS.md, VideoMAE's run_class_finetuning.py; None where a data set or another flag decides; its
-    warmup_lr of 1e-6 has no reader there: the schedule starts at 0."""
-    args = vars(get_parser().parse_args([]))
-    defaults = dict(
-        batch_size=64, epochs=30, accum_iter=1, save_ckpt_freq=100, model="vit_base_patch16_224", tubelet_size=2,
-        input_size=224, fc_drop_rate=0.0, drop=0.0, attn_drop_rate=0.0, drop_path=0.1,
-        disable_eval_during_finetuning=False, model_ema=False, model_ema_decay=0.9999, model_ema_force_cpu=False,
-        opt="adamw", opt_eps=1e-8, opt_betas=None, clip_grad=None, momentum=0.9, weight_decay=0.05,
-        weight_decay_end=None, lr=1e-3, layer_decay=0.75, warmup_lr=0.0, min_lr=1e-6, warmup_epochs=5, warmup_steps=-1,
-        color_jitter=0.4, num_sample=2, aa="rand-m7-n4-mstd0.5-inc1", smoothing=0.1, train_interpolation="bicubic",
-        crop_pct=None, short_side_size=None, test_num_segment=5, test_num_crop=3, reprob=0.25, remode="pixel",
-        recount=1, resplit=False, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5,
-        mixup_mode="batch", finetune="", model_key="model|module", model_prefix="", init_scale=0.001,
-        use_checkpoint=False, use_mean_pooling=True, data_path="/path/to/list_kinetics-400", eval_data_path=None,
-        nb_classes=None, imagenet_default_mean_and_std=True, num_segments=None, num_frames=16, sampling_rate=4,
-        data_set="Kinetics-400", output_dir="", log_dir=None, seed=0, resume="", auto_resume=True, save_ckpt=True,
-        start_epoch=0, eval=False, num_workers=10, pin_mem=True, world_size=1, local_rank=-1, dist_on_itp=False,
-        dist_url="env://",
-    )  # fmt: skip
-    assert {name: args[name] for name in defaults} == defaults
-    old = "--update_freq 2 --no_save_ckpt --use_cls --no_pin_mem --no_auto_resume --dist_eval --enable_x".split()
-    parsed, unknown = get_parser().parse_known_args(old)
-    assert unknown == ["--enable_x"]
-    assert (parsed.accum_iter, parsed.save_ckpt, parsed.use_mean_pooling) == (2, False, False)
-    assert (parsed.pin_mem, parsed.auto_resume) == (False, False)
-
-
 def test_data_sets_decide():
     def resolved(*flags):
         args = parse_args([*flags, "--device", "cpu"])
