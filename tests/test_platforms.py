@@ -2,8 +2,10 @@
 
 import ast
 import math
+import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tomllib
@@ -18,7 +20,8 @@ import engine_for_finetuning
 import run_class_finetuning
 import run_mae_pretraining
 import utils
-from datasets.build import build_evaluation_loader, build_finetuning_loader, build_pretraining_loader
+from datasets.build import _start_worker, build_evaluation_loader, build_finetuning_loader, build_pretraining_loader
+from tools.common import in_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [f"run_{name}.py" for name in ("mae_pretraining", "class_finetuning", "mae_vis")]
@@ -97,6 +100,28 @@ def test_loaders_can_be_sent_to_workers(tmp_path):
     for loader in loaders:
         dataset, _, _ = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn)))
         assert len(dataset) == len(loader.dataset) == 4
+
+
+def test_loader_workers_start_without_sigusr1(monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1")
+    ignored = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: ignored.append((number, handler)))
+    _start_worker(0)
+    assert ignored == [(signal.SIGTERM, signal.SIG_IGN), (signal.SIGINT, signal.SIG_IGN)]
+
+
+def test_tools_work_where_processes_can_only_be_spawned(monkeypatch):
+    real = multiprocessing.get_context
+
+    def get_context(method=None):
+        if method != "spawn":
+            raise ValueError(f"cannot find context for {method!r}")
+        return real(method)
+
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    monkeypatch.setattr(multiprocessing, "get_context", get_context)
+    answers = list(in_processes(math.sqrt, [(4,), (9,)], 1, 60))
+    assert answers == [(0, 2.0, None), (1, 3.0, None)]
 
 
 def no_meminfo(monkeypatch):
