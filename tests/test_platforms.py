@@ -29,7 +29,8 @@ SCRIPTS += [
     f"tools/{name}.py" for name in ("check_videos", "make_lists", "make_subset", "resize_videos", "compare_runs")
 ]
 WINDOWS = """
-import os, runpy, signal, sys
+import multiprocessing.util, os, runpy, signal, subprocess, sys
+import torch, torchvision, timm, matplotlib  # before: these have their own way round, asyncio below them too
 for name in ("resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "syslog"):
     sys.modules[name] = None
 for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "SIGQUIT", "SIGALRM", "SIGCHLD"):
@@ -38,7 +39,6 @@ for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "SIGQUIT", "SIGALRM", "S
 for name in ("sysconf", "fork", "getuid", "killpg"):
     if hasattr(os, name):
         delattr(os, name)
-import torch, torchvision, timm, matplotlib  # these have found their own way round
 sys.argv = [SCRIPT, "--help"]
 sys.path.insert(0, ".")
 try:
@@ -50,9 +50,7 @@ except SystemExit as stop:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_start_where_posix_is_missing(script):
-    code = f"SCRIPT = {script!r}\n" + WINDOWS.replace(
-        "import torch,", "import multiprocessing.util, subprocess, torch,"
-    )
+    code = f"SCRIPT = {script!r}\n" + WINDOWS
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr[-2000:]
 
