@@ -189,7 +189,7 @@ def _what_is(path: str | Path, error: Exception) -> str:
         else:
             with open(path, "rb") as file:
                 is_whole = _is_whole_pickle(file)
-    except Exception:
+    except Exception:  # the file may hold anything, and it has been refused already: this only looks for the reason
         return damaged
     if isinstance(error, _NotRead):
         return f"it holds {reason}, which are not read: leave them out, and write it again"
@@ -227,7 +227,7 @@ def _is_whole_pickle(source) -> bool:
     """source: bytes or an open file; nothing in it is built."""
     try:
         return any(operation.name == "STOP" for operation, _, _ in pickletools.genops(source))
-    except Exception:
+    except Exception:  # pickletools raises what it likes on bytes that are no pickle
         return False
 
 
