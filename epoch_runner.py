@@ -79,13 +79,13 @@ class EpochRunner:
         if recipe.midway is not None:
             skipped |= self._go_on(recipe.midway)
             recipe.midway = None
-        self.skipped_before = {name: float(b.skipped) - skipped[name] for name, b in self.watched.items()}
+        self.skipped_before = {name: b.skipped - skipped[name] for name, b in self.watched.items()}  # not read yet
         self._open_window()
 
     def _open_window(self) -> None:
         self.window: list[tuple] = []  # (step, loss, skipped so far) of each micro-batch
         self.window_videos: list[Tensor | None] = []  # their indices
-        self.skipped_at_window = [float(b.skipped) for b in self.watched.values()]
+        self.skipped_at_window = [b.skipped for b in self.watched.values()]
 
     def batches(self, loader):
         """Yields (micro-batch index, optimizer step of the run, batch)."""
@@ -138,7 +138,8 @@ class EpochRunner:
         """Names the videos of steps that were skipped since the last report. All processes skip the same steps."""
         window, videos, before = self.window, self.window_videos, self.skipped_at_window
         self._open_window()
-        if self.skipped_at_window == before or not window:
+        now, before = torch.stack([torch.stack(self.skipped_at_window), torch.stack(before)]).tolist()
+        if now == before or not window:
             return
         counts = torch.stack([torch.stack(entry[2:]) for entry in window]).tolist()
         bad = {
@@ -178,7 +179,7 @@ class EpochRunner:
             "micro_batches_a_step": self._micro_batches_a_step(),
             "metrics": self.metrics.state(),
             "seconds": [self.progress.seconds, self.progress.data_seconds],
-            "skipped": {name: float(b.skipped) - self.skipped_before[name] for name, b in self.watched.items()},
+            "skipped": {name: float(b.skipped - self.skipped_before[name]) for name, b in self.watched.items()},
             "num_failed": total(self.num_failed, self.recipe.mean.device),
             "unreadable": self.unreadable,
         }
@@ -204,6 +205,6 @@ class EpochRunner:
             **self.metrics.read_epoch(),
             **self.progress.epoch_times(),
             "peak_memory": peak_memory(self.recipe.mean.device),
-            **{f"{n}skipped_steps": float(b.skipped) - self.skipped_before[n] for n, b in self.watched.items()},
+            **{f"{n}skipped_steps": float(b.skipped - self.skipped_before[n]) for n, b in self.watched.items()},
             "unreadable_videos": num_failed,
         }

@@ -70,7 +70,7 @@ def zero_gradient(parameter: nn.Parameter, size: int | None = None) -> None:
 
     def zeroed(gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
-        gradient[:size] = 0
+        gradient[:size].zero_()  # "= 0" would make a tensor on the host
         return gradient
 
     parameter.register_hook(zeroed)

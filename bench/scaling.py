@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 from common import choose_rows, count_flop, header, print_table, status_bytes
-from memory import LiveBytes, prepare, without_data
+from without_gpu import GPU, LiveBytes, fake_gpu, prepare
 
 from backend import TUNABLE, Backend, import_deepspeed
 from run_common import resolve_amp, run_script
@@ -327,8 +327,8 @@ def cost_table(flags: argparse.Namespace) -> None:
             if args.enable_deepspeed or args.compile:
                 raise UsageError("--cost counts operations, which --enable_deepspeed and --compile do not change")
             args.rank, args.local_rank, args.world_size, args.print_freq = 0, 0, 1, 10**9
-            with without_data(), contextlib.redirect_stdout(io.StringIO()):
-                _, _, step = prepare(args, torch.device("cpu"))
+            with fake_gpu(), contextlib.redirect_stdout(io.StringIO()):
+                _, _, step = prepare(args, GPU)
                 flop = count_flop(lambda step=step: step(0))
             parameters = sum(parameter_sizes(args))
             clips = args.batch_size * args.accum_iter

@@ -300,14 +300,14 @@ def test_scaling_cost_is_arithmetic(run_here):
 
 def test_scaling_counts_the_operations_of_a_real_step(run_here, monkeypatch):
     from common import count_flop
-    from memory import prepare, without_data
+    from without_gpu import GPU, fake_gpu, prepare
 
     flags = [*TINY_CLIP, "--device", "cpu", "--amp", "none", "--batch_size", "2", "--mask_type", "tats"]
     args = get_parser().parse_args(flags)
     args.rank, args.local_rank, args.world_size = 0, 0, 1
     _, _, step = prepare(args, torch.device("cpu"))
-    with without_data():
-        _, _, shapes_alone = prepare(args, torch.device("cpu"))
+    with fake_gpu():
+        _, _, shapes_alone = prepare(args, GPU)
         counted = count_flop(lambda: shapes_alone(0))
     assert counted == count_flop(lambda: step(0)) > 0
 
