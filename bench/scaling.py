@@ -328,7 +328,8 @@ def cost_table(flags: argparse.Namespace) -> None:
                 raise UsageError("--cost counts operations, which --enable_deepspeed and --compile do not change")
             args.rank, args.local_rank, args.world_size, args.print_freq = 0, 0, 1, 10**9
             with fake_gpu(), contextlib.redirect_stdout(io.StringIO()):
-                _, _, step = prepare(args, GPU)
+                with GPU:
+                    _, _, step = prepare(args, GPU)
                 flop = count_flop(lambda step=step: step(0))
             parameters = sum(parameter_sizes(args))
             clips = args.batch_size * args.accum_iter

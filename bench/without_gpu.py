@@ -196,15 +196,14 @@ def some_batches(batch: dict, count: int):
 
 def prepare(args, device: torch.device) -> tuple[Run, dict, Callable[[int], None]]:
     """A pre-training run on the device, its batch of black clips on the host, and a function that takes the optimizer
-    step of this number (with TATS as many as a phase 1 has) by the engines."""
-    with device:
-        run = Run(args, device)
-        recipe = PretrainRecipe(grid=run.mae.grid, loss=args.loss, normalize_target=args.normalize_target,
-                                **recipe_settings(args, device, 10**9))  # fmt: skip
+    step of this number (with TATS as many as a phase 1 has) by the engines. On a fake GPU: to be called `with GPU:`."""
+    run = Run(args, device)
+    recipe = PretrainRecipe(grid=run.mae.grid, loss=args.loss, normalize_target=args.normalize_target,
+                            **recipe_settings(args, device, 10**9))  # fmt: skip
     recipe.print_freq = 10**9
     shape = (args.batch_size, args.num_frames, 3, args.input_size, args.input_size)
-    seed = torch.zeros(args.batch_size, dtype=torch.int64)
-    batch = {"video": torch.zeros(shape, dtype=torch.uint8), "seed": seed, "failed": []}
+    video = torch.zeros(shape, dtype=torch.uint8, device="cpu")
+    batch = {"video": video, "seed": torch.arange(args.batch_size, device="cpu"), "failed": []}
 
     def step(number: int) -> None:
         count = args.accum_iter * (args.tats_rollout_steps if run.tats_backend else 1)
@@ -225,7 +224,8 @@ def peak_of_a_step(args) -> tuple[int, int]:
     """Bytes on the GPU between steps (weights and optimizer) and at the peak of the second step."""
     args.rank, args.local_rank, args.world_size = 0, 0, 1
     with fake_gpu(), LiveBytes("cuda") as count:
-        _run, _, step = prepare(args, GPU)  # _run: held while bytes are counted
+        with GPU:
+            _run, _, step = prepare(args, GPU)  # _run: held while bytes are counted
         for number in range(2):  # AdamW makes its state in the first
             at_rest = count.live
             count.peak = count.live

@@ -307,7 +307,8 @@ def test_scaling_counts_the_operations_of_a_real_step(run_here, monkeypatch):
     args.rank, args.local_rank, args.world_size = 0, 0, 1
     _, _, step = prepare(args, torch.device("cpu"))
     with fake_gpu():
-        _, _, shapes_alone = prepare(args, GPU)
+        with GPU:
+            _, _, shapes_alone = prepare(args, GPU)
         counted = count_flop(lambda: shapes_alone(0))
     assert counted == count_flop(lambda: step(0)) > 0
 

@@ -87,7 +87,8 @@ def watch_pretraining(flags: str) -> StepWatch:
     """The second step and the third: the first one makes the optimizer's state and constants that stay."""
     args = parse(flags)
     with fake_gpu():
-        _, _, step = prepare(args, GPU)
+        with GPU:
+            _, _, step = prepare(args, GPU)
         step(0)
         with StepWatch() as watch:
             step(1)
