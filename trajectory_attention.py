@@ -7,6 +7,8 @@ What is never stored: N x N weights (fused attention), the projections of all t 
 folded), copies for another memory order (tokens are kept as (time, space, batch), in which clips count as heads).
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,6 +53,8 @@ def orthogonal_landmarks(q: Tensor, num_landmarks: int) -> Tensor:
     The first is query 0 rather than a random one, so that a policy evaluated twice on the same tokens is the same
     policy (a PPO ratio compares like with like).
     """
+    if q.is_cuda and _kernel() is not None:
+        return _kernel().search(q, num_landmarks)
     with torch.autocast(q.device.type, enabled=False):  # compiled code runs this without, eager code has to match
         unit = F.normalize(_full(q), dim=-1).flatten(0, 1)
         across = unit.transpose(1, 2).contiguous()  # [B*h, d, N]: 3 times faster than a product with a column
@@ -64,6 +68,16 @@ def orthogonal_landmarks(q: Tensor, num_landmarks: int) -> Tensor:
             index = similarity.argmin(dim=1, keepdim=True)
             picked.append(index)
         return torch.cat(picked, dim=1).unflatten(0, q.shape[:2])
+
+
+@functools.cache
+def _kernel():
+    """The module with the search as one kernel; None where there is no Triton (it comes with torch for NVIDIA)."""
+    try:
+        import landmark_kernel
+    except ImportError:
+        return None
+    return landmark_kernel
 
 
 @orthogonal_landmarks.register_fake
@@ -172,7 +186,7 @@ def _own_frame(y: Tensor, first_frame: int, num_frames: int) -> Tensor:
 def _pieces(y: Tensor, heads: int) -> list[slice]:
     """Cuts the queries of y [t, n, D] so that h vectors of width D for each fit a cache, or fill a GPU."""
     num_queries, width = y.shape[1:]
-    count = -(-num_queries * heads * width // (2**25 if y.is_cuda else 2**20))
+    count = -(-num_queries * heads * width // (2**27 if y.is_cuda else 2**20))
     size = -(-num_queries // count)
     return [slice(start, start + size) for start in range(0, num_queries, size)]
 
@@ -221,10 +235,10 @@ class TrajectoryAttention(nn.Module):
             context = (k, v)
         else:
             context = summarize_frames(q, k, v, num_frames, self.num_landmarks, self.landmark_gradient)
-        # A few frames of queries a call, enough for the fused kernel (256 queries), so that gradients of trajectory
-        # tokens and of the queries' copies for each frame exist for these alone.
+        # A few frames of queries per call, enough for the fused kernel, so that gradients of trajectory tokens and of
+        # the queries' copies for each frame exist for these alone. A GPU waits for launches: fewer calls there.
         frame = num_tokens // num_frames
-        frames_a_call = -(-256 // frame)
+        frames_a_call = -(-(640 if q.is_cuda else 256) // frame)
         out, weights = [], self._time_weights(q.dtype)
         for i, q_part in enumerate(q.split(frames_a_call * frame, dim=2)):
             arguments = (q_part, *context, *weights, i * frames_a_call, frame, batch)

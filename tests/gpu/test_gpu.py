@@ -219,7 +219,7 @@ def shapes(tmp_path_factory) -> Path:
     pytest.importorskip("av", reason="the package av is not here: no videos can be read")
     from datasets.moving_shapes import write_dataset
 
-    return write_dataset(tmp_path_factory.mktemp("shapes"), train=16, val=4, size=32, frames=12) / "train.csv"
+    return write_dataset(tmp_path_factory.mktemp("shapes"), train=16, val=10, size=32, frames=12) / "train.csv"
 
 
 def command(shapes: Path, output: Path, *flags: str) -> list[str]:
