@@ -1,4 +1,4 @@
-# make demo | compare | test | lint | bench | clean
+# make demo | compare | test | lint | bench | gpu | clean
 # Without an active environment each target makes .venv once and installs requirements.txt into it.
 # An active virtual or conda environment is used as it is; PYTHON=/path/to/python overrides both.
 # VENV=.venv-3.13 BASE_PYTHON=python3.13 make a second environment beside it, of another Python.
@@ -13,7 +13,7 @@ PYTHON := $(VENV)/bin/python
 SETUP := $(VENV)/.installed
 endif
 
-.PHONY: demo compare test lint bench clean
+.PHONY: demo compare test lint bench gpu clean
 
 demo: $(SETUP)
 	PYTHON=$(PYTHON) bash scripts/demo/pretrain_tats.sh
@@ -32,6 +32,10 @@ bench: $(SETUP)
 	$(PYTHON) bench/attention.py
 	$(PYTHON) bench/step.py
 	$(PYTHON) bench/data.py
+
+# PART=1: only the tests; 2: steps, layers, loader; 3: --compile, memory, sizes. DRY_RUN=1: on the CPU, tiny.
+gpu: $(SETUP)
+	$(PYTHON) bench/gpu.py $(if $(PART),--part $(PART)) $(if $(DRY_RUN),--dry_run)
 
 clean:
 	rm -rf output .pytest_cache .ruff_cache

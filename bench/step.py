@@ -187,8 +187,12 @@ def report(rows: list[Row], references: dict[str, dict[str, str]], flags, rounds
 
 def compare_masks(flags: argparse.Namespace, dtype: str) -> None:
     rows: list[Row] = []
-    for name in choose_rows(flags, list(ROWS), always=("tube",)):
-        rows.append(Row(name, parse(flags, flags.rest, dtype, ROWS[name]), rows[0] if rows else None))
+    more = {name: row_flags for name, (row_flags, _) in MEMORY_ROWS.items() if name not in ROWS and flags.rows}
+    known = ROWS | more  # decoder depths and TATS blocks are timed where --rows names them
+    for name in choose_rows(flags, list(known), always=("tube",)):
+        args = parse(flags, flags.rest, dtype, known[name])
+        same = rows and args.decoder_depth == rows[0].args.decoder_depth
+        rows.append(Row(name, args, rows[0] if same else None))
     references = {f"x {name}": {row.label: name for row in rows} for name in ("tube", "transformers")}
     report(rows, references, flags, flags.rounds, dtype)
 

@@ -88,7 +88,10 @@ def test_losses_follow_the_cpus(flags, amp, tolerance):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize("flags", [f"{mask} --amp {amp}" for mask in each_mask() for amp in ("bf16", "none")])
+COMPILED = [f"{mask} --amp bf16" for mask in each_mask()] + [f"{mask} --amp none" for mask in each_mask()[::6]]
+
+
+@pytest.mark.parametrize("flags", COMPILED)
 def test_compiled_steps_give_the_same_losses(flags):
     """With --compile nothing changes but rounding."""
     torch._dynamo.reset()
@@ -127,11 +130,26 @@ def test_queries_expanded_over_frames_are_read_right(kernel, dtype, tolerance, f
         assert ((one.double() - other).norm() / other.norm()).item() < tolerance
 
 
-def test_landmarks_are_the_cpus():
-    q = torch.randn(2, 4, 300, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    expected = trajectory_attention.orthogonal_landmarks(q, 64)
-    found = trajectory_attention.orthogonal_landmarks(q.to(GPU), 64).cpu()
-    assert (found == expected).float().mean() > 0.99  # equal but for near ties
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape, count", [((2, 4, 300, 16), 64), ((1, 48, 1568, 64), 128), ((1, 2, 5, 96), 9)])
+def test_landmarks_are_the_plain_forms(monkeypatch, dtype, shape, count):
+    """The Triton kernel, and the plain search on the GPU and on the CPU. The first near tie that is decided otherwise
+    changes all later picks of a head: most heads must agree whole, and every pick must be as good."""
+    q = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)  # as a layer's queries lie in memory
+    found = trajectory_attention.orthogonal_landmarks(q.to(GPU), count).cpu()
+    expected = trajectory_attention.orthogonal_landmarks(q, count)
+    assert found.sort(dim=-1).values.diff(dim=-1).min() > 0  # none twice
+    assert (found == expected).all(dim=-1).float().mean() > 0.8
+    unit = torch.nn.functional.normalize(q.double(), dim=-1)
+    picked = unit.gather(2, found.unsqueeze(-1).expand(-1, -1, -1, shape[-1]))
+    cosine = (picked @ unit.transpose(2, 3)).abs().cummax(dim=2).values  # to the picks so far, [B, h, R, N]
+    best = cosine.min(dim=-1).values[:, :, :-1]
+    taken = cosine[:, :, :-1].gather(3, found[:, :, 1:, None]).squeeze(-1)
+    assert (taken - best).max() < 1e-3
+    monkeypatch.setattr(trajectory_attention, "_kernel", lambda: None)
+    plain = trajectory_attention.orthogonal_landmarks(q.to(GPU), count).cpu()
+    assert (plain == found).all(dim=-1).float().mean() > 0.8
 
 
 def test_masks_are_the_cpus():
@@ -196,19 +214,24 @@ def test_no_finetuning_step_waits(flags, mixup, average):
 
 
 def test_computed_memory_is_the_measured():
-    """bench/memory.py's count of live bytes against the allocator's peak."""
+    """bench/memory.py's count of live bytes against the allocator's peak, for ViT-B as users train it."""
     from without_gpu import peak_of_a_step
 
-    flags = f"{TATS} --tats_attention trajectory --amp bf16 --batch_size 256"
-    _, batch, step = prepare(parse(flags), GPU)
-    step(0)
+    flags = (
+        f"{TATS} --tats_attention trajectory --amp bf16 --model pretrain_videomae_base_patch16_224 --input_size 224 "
+        "--num_frames 16 --batch_size 8 --mask_ratio 0.95"
+    )
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    _run, batch, step = prepare(parse(flags), GPU)  # _run: held while bytes are counted
+    for number in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step(number)
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    step(1)
-    measured = torch.cuda.max_memory_allocated()
-    del step, batch
+    measured = torch.cuda.max_memory_allocated() - before
     computed = peak_of_a_step(parse(flags))[1]
-    assert computed == pytest.approx(measured, rel=0.1)
+    assert computed == pytest.approx(measured, rel=0.06)
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------
