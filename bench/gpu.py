@@ -3,7 +3,8 @@
     make gpu [PART=1]                      # python bench/gpu.py [--part 1]
     make gpu DRY_RUN=1                     # the same program on the CPU at a tiny size
 
-Parts: 1 tests; 2 steps, attention layers and the loader; 3 --compile, memory and sizes. Together about 9 minutes on one H100-class GPU.
+Parts: 1 tests; 2 steps, attention layers and the loader; 3 --compile, memory and sizes. Together they take about 9
+minutes on one H100-class GPU.
 A job that has succeeded on this machine and this commit is not run again; --again runs it. What cannot run here is
 listed with its reason.
 """
