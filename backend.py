@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -319,6 +320,9 @@ class DeepSpeedBackend(Backend):
             if self.config["optimizer"]["params"]["torch_adam"]:
                 raise
             reason = str(error).strip().splitlines()[0]
+            architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+            if re.search(r"\d[a-z]", architectures):  # measured with 9.0a: "invalid literal for int(): '0a'"
+                reason += f"; TORCH_CUDA_ARCH_LIST is {architectures}, DeepSpeed reads plain numbers only, as 9.0"
             raise ImportError(
                 f"--fused_adam deepspeed cannot be compiled here ({reason}): use --fused_adam torch"
             ) from error

@@ -17,6 +17,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
 from importlib import metadata
@@ -102,10 +103,18 @@ def run_job(job: Job, dry: bool, seconds_left: float) -> dict:
     except subprocess.TimeoutExpired:
         process.kill()
         output, status = process.communicate()[0] + f"\nstopped after {limit:.0f} s", -9
-    lines = output.strip().splitlines()[-60:]
+    lines = [without_places(line) for line in output.strip().splitlines() if line != "bringing up nodes..."][-60:]
     print("\n".join(lines), flush=True)
     return {"command": f"python {command}", "seconds": round(time.time() - begin), "status": status, "output": lines,
             "date": str(date.today())}  # fmt: skip
+
+
+def without_places(line: str) -> str:
+    """The line without the folders of this machine, cut to a readable width."""
+    places = {str(ROOT) + os.sep: "", sys.executable: "python", sys.prefix + os.sep: "", tempfile.gettempdir(): "TMP"}
+    for place, name in places.items():
+        line = line.replace(place, name)
+    return line if len(line) <= 160 else line[:157] + "..."
 
 
 def write_page(path: Path, record: dict) -> None:
@@ -172,7 +181,7 @@ def main() -> int:
         left = 60 * flags.minutes - (time.time() - begin)
         if missing:
             record["skipped"][name] = f"needs the package {', '.join(missing)}"
-        elif left < 15:
+        elif left < 60:
             record["skipped"][name] = f"{flags.minutes:g} minutes were over; the same command goes on here"
         else:
             print(f"== {name}: {job.title}", flush=True)

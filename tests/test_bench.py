@@ -334,3 +334,72 @@ def test_scaling_hands_on_why_a_process_failed(run_here, monkeypatch):
     monkeypatch.setattr("scaling.subprocess.run", lambda *args, **kwargs: result)
     with pytest.raises(SystemExit, match="^error: ddp of tiny failed: no room left$"):
         run_here("bench/scaling.py --sizes tiny --rows ddp")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """bench/gpu.py as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module("gpu")
+
+
+def test_gpu_command_says_that_there_is_no_gpu(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench/gpu.py"])
+    assert gpu.main() == 1
+    assert "no GPU" in capsys.readouterr().err
+
+
+@pytest.fixture
+def gpu_jobs(monkeypatch, tmp_path):
+    """bench/gpu.py with three small jobs; runs it and returns its status and the page."""
+    import gpu
+
+    jobs = {
+        "good": gpu.Job(
+            1, "Good", "-c 'print(1)'", f"-c \"open('{tmp_path}/count', 'a').write('x'); print('a table')\""
+        ),
+        "bad": gpu.Job(2, "Bad", "", "-c 'print(\"half\"); raise SystemExit(3)'"),
+        "absent": gpu.Job(2, "Absent", "", "-c 'print(1)'", ("no_such_package",)),
+        "long": gpu.Job(3, "Long", "", "-c 'import time; time.sleep(60)'", limit=1),
+    }
+    monkeypatch.setattr(gpu, "JOBS", jobs)
+
+    def run_command(*flags):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry_run", "--output", str(tmp_path), *flags])
+        return gpu.main(), (tmp_path / "GPU.md").read_text()
+
+    return run_command, tmp_path
+
+
+def test_gpu_command_writes_what_ran_what_failed_and_what_did_not_run(gpu_jobs):
+    run_command, folder = gpu_jobs
+    status, page = run_command()
+    assert status == 1
+    assert "a table" in page and "half" in page and "**ended with status 3**" in page and "stopped after 1 s" in page
+    assert "- absent: needs the package no_such_package" in page
+    record = json.loads((folder / "gpu.json").read_text())
+    assert record["environment"]["torch"] and record["jobs"]["good"]["status"] == 0
+
+
+def test_gpu_command_goes_on_where_it_was(gpu_jobs):
+    run_command, folder = gpu_jobs
+    run_command("--part", "1")
+    assert run_command("--part", "1")[0] == 0 and (folder / "count").read_text() == "x"
+    run_command("--part", "1", "--again")
+    assert (folder / "count").read_text() == "xx"
+    assert "a table" in run_command("--part", "2")[1]  # what other parts found stays
+    assert "0.5 minutes were over" in run_command("--part", "3", "--minutes", "0.5")[1]
+
+
+def test_gpu_jobs_are_commands_that_exist(gpu):
+    for job in gpu.JOBS.values():
+        for command in (job.command, job.dry):
+            first = command.split()[0]
+            assert first == "-m" or (ROOT / first).exists()
+    assert {job.part for job in gpu.JOBS.values()} == {1, 2, 3}
+
+
+def test_step_times_decoder_depths_where_they_are_named(run_here):
+    ((_, rows),) = run_here(f"{SMALL_STEP} --skip_memory --rows decoder-depth-1 tats-blocks-2")
+    assert [row["masks"] for row in rows] == ["tube", "decoder-depth-1", "tats-blocks-2"]
