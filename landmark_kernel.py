@@ -65,8 +65,9 @@ def search(q: Tensor, num_landmarks: int) -> Tensor:
     count = min(num_landmarks, num_tokens)
     index = torch.empty(heads, count, dtype=torch.int64, device=q.device)
     inverse, similarity = torch.empty(2, heads, num_tokens, device=q.device)
-    _search[(heads,)](
-        flat, flat.stride(0), flat.stride(1), inverse, similarity, index, num_tokens, count, dim,
-        DIM=triton.next_power_of_2(dim), BLOCK=256, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        _search[(heads,)](
+            flat, flat.stride(0), flat.stride(1), inverse, similarity, index, num_tokens, count, dim,
+            DIM=triton.next_power_of_2(dim), BLOCK=256, num_warps=8,
+        )  # fmt: skip
     return index.unflatten(0, q.shape[:2])

@@ -8,6 +8,7 @@ folded), copies for another memory order (tokens are kept as (time, space, batch
 """
 
 import functools
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -72,10 +73,16 @@ def orthogonal_landmarks(q: Tensor, num_landmarks: int) -> Tensor:
 
 @functools.cache
 def _kernel():
-    """The module with the search as one kernel; None where there is no Triton (it comes with torch for NVIDIA)."""
+    """The module with the search as one kernel, tried once on the GPU; None where it does not run."""
     try:
         import landmark_kernel
-    except ImportError:
+
+        landmark_kernel.search(torch.ones(1, 1, 2, 16, device="cuda"), 2)
+    except ImportError:  # no Triton on this platform
+        return None
+    except Exception as error:  # no C compiler for Triton's launcher, a GPU it does not know: it fails in many ways
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        warnings.warn(f"landmarks are searched without Triton, which is slower ({reason[0]})", stacklevel=2)
         return None
     return landmark_kernel
 

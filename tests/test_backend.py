@@ -2,8 +2,10 @@
 
 import json
 import sys
+import types
 
 import pytest
+import torch
 
 import backend
 import run_class_finetuning
@@ -137,3 +139,18 @@ def test_a_missing_package_is_said(tmp_path, monkeypatch):
         "4",
     ]
     assert "pip install deepspeed" in refused(run_mae_pretraining.main, tmp_path, *tiny, "--enable_deepspeed")
+
+
+def test_an_architecture_that_deepspeed_cannot_read_is_named(monkeypatch):
+    """TORCH_CUDA_ARCH_LIST=9.0a, as an H100's image had it: DeepSpeed reads the minor number as an integer."""
+
+    def initialize(**_):
+        raise ValueError("invalid literal for int() with base 10: '0a'")
+
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    monkeypatch.setattr(backend, "import_deepspeed", lambda: types.SimpleNamespace(initialize=initialize))
+    monkeypatch.setattr(backend.dist, "is_initialized", lambda: True)
+    config = deepspeed_config(**FLAGS | {"fused_adam": "deepspeed"})
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(ImportError, match="TORCH_CUDA_ARCH_LIST is 9.0a.*9.0.*--fused_adam torch"):
+        backend.DeepSpeedBackend(module, [{"params": list(module.parameters())}], torch.device("cpu"), config)

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import trajectory_attention
 
 pytest.importorskip("triton", reason="no Triton on this platform: the plain search is used")
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,3 +37,18 @@ def test_the_kernel_picks_what_the_plain_form_picks():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_kernel_that_does_not_run_is_a_warning(monkeypatch):
+    """No C compiler for Triton's launcher, say: training goes on with the plain search."""
+    import landmark_kernel
+
+    def fail(*_):
+        raise RuntimeError("Failed to find C compiler\nset CC")
+
+    monkeypatch.setattr(landmark_kernel, "search", fail)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+    with pytest.warns(UserWarning, match="without Triton.*C compiler"):
+        assert trajectory_attention._kernel.__wrapped__() is None
+    monkeypatch.setattr(landmark_kernel, "search", lambda *_: None)
+    assert trajectory_attention._kernel.__wrapped__() is landmark_kernel
