@@ -1,4 +1,4 @@
-"""What the tests catch: each fault of breaks.txt is put into a copy of the code, and the tests of its area have to fail.
+"""What the tests catch: each fault of breaks.txt is put into a copy of the code; tests of its area have to fail.
 
     python tests/slow/breaks.py [--only 3 17] [--jobs 2] [--tests all]
 
@@ -41,10 +41,8 @@ def read_breaks() -> list[Break]:
 def copy_of(folder: Path) -> Path:
     """The tracked files."""
     copy = folder / "code"
-    names = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    for name in filter(None, names):
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
     return copy
@@ -58,10 +56,7 @@ def try_break(number: int, chosen: Break, tests: str) -> tuple[bool, str]:
         file = copy / chosen.file
         text = file.read_text()
         if text.count(chosen.old) != 1:
-            return (
-                False,
-                f"{number:2} {chosen.file}: {chosen.old!r} occurs {text.count(chosen.old)} times: correct this list",
-            )
+            return False, f"{what}: occurs {text.count(chosen.old)} times, correct breaks.txt"
         file.write_text(text.replace(chosen.old, chosen.new))
         found = ["tests"] if tests == "all" else [f"tests/test_{name}.py" for name in chosen.tests.split()]
         begin = time.time()
@@ -71,10 +66,7 @@ def try_break(number: int, chosen: Break, tests: str) -> tuple[bool, str]:
         first = re.search(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
         caught = result.returncode == 1 and first is not None
         verdict = f"caught by {first[1]}" if caught else f"MISSED (pytest's status {result.returncode})"
-        return (
-            caught,
-            f"{number:2} {chosen.file}: {chosen.old!r} -> {chosen.new!r}: {verdict}, {time.time() - begin:.0f} s",
-        )
+        return caught, f"{what}: {verdict}, {time.time() - begin:.0f} s"
 
 
 def main() -> int:
