@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from backend import AMP_DTYPES, Backend
 from datasets.decoding import VideoError
 from datasets.transforms import normalize
-from epoch_runner import EpochRunner, Recipe
+from runtime.backend import AMP_DTYPES, Backend
+from runtime.epoch import EpochRunner, Recipe
 from utils import UsageError, available_memory, format_time, log
 
 

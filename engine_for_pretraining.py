@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import modeling_adamae
-from backend import Backend
 from datasets.transforms import normalize
-from epoch_runner import EpochRunner, Recipe
 from masking_generator import Mask, MaskSampler, motion_energy, motion_lift, texture_energy
 from modeling_pretrain import reconstruction_target, token_error
+from runtime.backend import Backend
+from runtime.epoch import EpochRunner, Recipe
 
 
 @dataclass(kw_only=True)

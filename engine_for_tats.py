@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 import ppo
-from backend import Backend
 from engine_for_pretraining import PretrainRecipe, masked_error, sampler_metrics, to_device
-from epoch_runner import EpochRunner
 from masking_generator import motion_energy, motion_lift, texture_energy
+from runtime.backend import Backend
+from runtime.epoch import EpochRunner
 from utils import mean_and_deviation
 
 

@@ -12,7 +12,28 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 
 import modeling_finetune
-from checkpoint import (
+from datasets.build import DATA_SETS, build_evaluation_loader, build_finetuning_loader
+from datasets.decoding import VideoError
+from engine_for_finetuning import (
+    FeatureLoader,
+    FinetuneRecipe,
+    Scores,
+    StoredViews,
+    average_batch_norm,
+    evaluate,
+    store_features,
+    train_one_epoch,
+)
+from optim_factory import parameter_groups
+from runtime.build import (
+    clips_per_batch,
+    create_model,
+    describe_schedule,
+    make_backend,
+    optimizer_steps,
+    recipe_settings,
+)
+from runtime.checkpoint import (
     LEARNED_SAMPLERS,
     CheckpointError,
     check_moments,
@@ -28,22 +49,7 @@ from checkpoint import (
     save_checkpoint,
     saved_args,
 )
-from datasets.build import DATA_SETS, build_evaluation_loader, build_finetuning_loader
-from datasets.decoding import VideoError
-from engine_for_finetuning import (
-    FeatureLoader,
-    FinetuneRecipe,
-    Scores,
-    StoredViews,
-    average_batch_norm,
-    evaluate,
-    store_features,
-    train_one_epoch,
-)
-from optim_factory import parameter_groups
-from preemption import STOP, Preempted, Watch, stop_at_once
-from reports import add_best_epoch, class_names, read_report, write_report
-from run_common import (
+from runtime.flags import (
     SWITCH,
     add_data_flags,
     add_deepspeed_flags,
@@ -52,25 +58,14 @@ from run_common import (
     add_process_flags,
     add_run_flags,
     check_ranges,
-    clips_per_batch,
-    closing,
-    create_model,
-    describe_schedule,
-    end_with_status,
-    find_resume,
-    make_backend,
     new_parser,
-    open_finetune,
-    open_output,
-    optimizer_steps,
-    recipe_settings,
     resolve_amp,
-    resume,
-    run_script,
-    save,
-    saved_defaults,
-    write_deepspeed_configs,
 )
+from runtime.launch import end_with_status, run_script
+from runtime.outputs import closing, open_output, write_deepspeed_configs
+from runtime.preemption import STOP, Preempted, Watch, stop_at_once
+from runtime.reports import add_best_epoch, class_names, read_report, write_report
+from runtime.resume import find_resume, open_finetune, resume, save, saved_defaults
 from utils import (
     UsageError,
     agree,

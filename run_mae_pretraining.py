@@ -9,8 +9,18 @@ import torch
 import engine_for_pretraining
 import engine_for_tats
 import modeling_pretrain  # noqa: F401  registers the models
-from backend import Backend
-from checkpoint import (
+from datasets.build import build_pretraining_loader
+from datasets.transforms import normalize
+from engine_for_pretraining import PretrainRecipe
+from engine_for_tats import PPOSettings
+from masking_generator import FrameMask, MaskSampler, MotionMask, RandomMask, TubeMask
+from modeling_adamae import AdaMAE, AdaMAESampler
+from modeling_finetune import is_sinusoid_encoding_table
+from modeling_tats import ATTENTIONS, TATS
+from optim_factory import parameter_groups
+from runtime.backend import Backend
+from runtime.build import create_model, describe_schedule, make_backend, optimizer_steps, recipe_settings
+from runtime.checkpoint import (
     LEARNED_SAMPLERS,
     CheckpointError,
     LoadReport,
@@ -25,18 +35,7 @@ from checkpoint import (
     saved_args,
     split_samplers,
 )
-from datasets.build import build_pretraining_loader
-from datasets.transforms import normalize
-from engine_for_pretraining import PretrainRecipe
-from engine_for_tats import PPOSettings
-from mask_pictures import mask_picture
-from masking_generator import FrameMask, MaskSampler, MotionMask, RandomMask, TubeMask
-from modeling_adamae import AdaMAE, AdaMAESampler
-from modeling_finetune import is_sinusoid_encoding_table
-from modeling_tats import ATTENTIONS, TATS
-from optim_factory import parameter_groups
-from preemption import GO_ON, STOP, Preempted, Watch, stop_at_once
-from run_common import (
+from runtime.flags import (
     SWITCH,
     add_data_flags,
     add_deepspeed_flags,
@@ -45,24 +44,15 @@ from run_common import (
     add_process_flags,
     add_run_flags,
     check_ranges,
-    closing,
-    create_model,
-    describe_schedule,
-    end_with_status,
-    find_resume,
-    make_backend,
     new_parser,
-    open_finetune,
-    open_output,
-    optimizer_steps,
-    recipe_settings,
     resolve_amp,
-    resume,
-    run_script,
-    save,
-    write_deepspeed_configs,
 )
-from sampler_guard import SamplerGuard
+from runtime.launch import end_with_status, run_script
+from runtime.mask_pictures import mask_picture
+from runtime.outputs import closing, open_output, write_deepspeed_configs
+from runtime.preemption import GO_ON, STOP, Preempted, Watch, stop_at_once
+from runtime.resume import find_resume, open_finetune, resume, save
+from runtime.sampler_guard import SamplerGuard
 from utils import (
     UsageError,
     drop_epochs_from,

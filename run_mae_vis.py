@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from checkpoint import CheckpointError, model_weights, open_checkpoint, saved_args, split_samplers
 from datasets.decoding import VideoError, read_frames
 from datasets.lists import ListError, read_list
 from datasets.transforms import mean_and_std, normalize
-from mask_pictures import darken
 from masking_generator import Mask, motion_energy, motion_lift
 from modeling_pretrain import normalize_patches, patchify, token_error, unpatchify
-from run_common import saved_defaults
 from run_mae_pretraining import build_mae, build_sampler, check_flags, get_parser, load_pretrained, load_sampler
+from runtime.checkpoint import CheckpointError, model_weights, open_checkpoint, saved_args, split_samplers
+from runtime.mask_pictures import darken
+from runtime.resume import saved_defaults
 from utils import UsageError, picture_text, tolerant_output
 
 

@@ -11,7 +11,8 @@ import torch
 from common import choose_rows, header, new_parser, print_table, ratio, start, time_rounds
 from torch import nn
 
-from backend import Backend, DeepSpeedBackend, deepspeed_config
+from runtime.backend import Backend
+from runtime.zero import DeepSpeedBackend, deepspeed_config
 
 LR, BETAS, EPS, DECAY, CLIP, STEPS = 1e-3, (0.9, 0.95), 1e-8, 0.05, 1.0, 12
 ROWS = {  # fused_adam, offload of DeepSpeed; None: plain

@@ -239,7 +239,7 @@ def differs(folder: Path, reference: Path) -> str:
     """What is not the same in two folders of finished runs, or ""."""
     import torch
 
-    from checkpoint import checkpoint_files
+    from runtime.checkpoint import checkpoint_files
 
     logs = [[{k: v for k, v in r.items() if k not in TIMES} for r in read_log(f)] for f in (folder, reference)]
     if logs[0] != logs[1]:
@@ -354,7 +354,7 @@ def next_signal_line(text: str) -> str:
 
 
 def damage(campaign: Campaign) -> Iterator[Row]:
-    from checkpoint import checkpoint_files
+    from runtime.checkpoint import checkpoint_files
 
     rng = campaign.random
 
@@ -497,8 +497,8 @@ def videos(campaign: Campaign) -> Iterator[Row]:
 def nan(campaign: Campaign) -> Iterator[Row]:
     import torch
 
-    from checkpoint import checkpoint_files
     from datasets.build import EpochSampler
+    from runtime.checkpoint import checkpoint_files
 
     zero3 = campaign.folder / "zero3.json"
     zero3.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
@@ -612,7 +612,7 @@ def remount(folder: Path, options: str) -> None:
 
 
 def disk(campaign: Campaign) -> Iterator[Row]:
-    from checkpoint import checkpoint_files, load_checkpoint
+    from runtime.checkpoint import checkpoint_files, load_checkpoint
 
     flags = ("--mask_type", "tube", "--epochs", 8)
     reference = campaign.reference(PRETRAIN, *flags)

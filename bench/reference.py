@@ -4,12 +4,12 @@ and loss. No command of its own."""
 import torch
 from torch import nn
 
-from backend import Backend
-from checkpoint import load_weights, model_weights
 from engine_for_pretraining import PretrainRecipe, masked_error, to_device
 from masking_generator import MaskSampler
 from optim_factory import parameter_groups
-from run_common import make_backend
+from runtime.backend import Backend
+from runtime.build import make_backend
+from runtime.checkpoint import load_weights, model_weights
 from utils import UsageError
 
 

@@ -33,9 +33,11 @@ import torch
 from common import choose_rows, count_flop, header, print_table, status_bytes
 from without_gpu import GPU, LiveBytes, fake_gpu, prepare
 
-from backend import TUNABLE, Backend, import_deepspeed
-from run_common import resolve_amp, run_script
 from run_mae_pretraining import build_mae, build_sampler, check_flags, get_parser
+from runtime.backend import Backend
+from runtime.flags import resolve_amp
+from runtime.launch import run_script
+from runtime.zero import TUNABLE, import_deepspeed
 from utils import UsageError, available_memory, barrier, everyone, init_distributed, is_main_process, seed_everything
 
 LEAN = Path(__file__).with_name("zero3_lean.json")

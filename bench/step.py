@@ -42,8 +42,10 @@ from reference import build_reference, reference_steps
 import engine_for_pretraining
 import engine_for_tats
 from engine_for_pretraining import PretrainRecipe
-from run_common import effective_batch, recipe_settings, resolve_amp, run_script
 from run_mae_pretraining import Run, check_flags, get_parser, ppo_settings
+from runtime.build import effective_batch, recipe_settings
+from runtime.flags import resolve_amp
+from runtime.launch import run_script
 from utils import init_distributed
 
 TATS = "--mask_type tats --tats_attention"

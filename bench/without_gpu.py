@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 import engine_for_pretraining
 import engine_for_tats
 from engine_for_pretraining import PretrainRecipe
-from run_common import recipe_settings
 from run_mae_pretraining import Run, ppo_settings
+from runtime.build import recipe_settings
 
 GPU = torch.device("cuda", 0)
 

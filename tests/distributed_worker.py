@@ -19,9 +19,9 @@ import engine_for_tats
 import modeling_adamae
 import run_class_finetuning
 import run_mae_pretraining
-from backend import DeepSpeedBackend
-from epoch_runner import EpochRunner
-from preemption import Preempted
+from runtime.epoch import EpochRunner
+from runtime.preemption import Preempted
+from runtime.zero import DeepSpeedBackend
 from utils import everyone
 
 torch.set_num_threads(1)

@@ -7,10 +7,10 @@ import types
 import pytest
 import torch
 
-import backend
 import run_class_finetuning
 import run_mae_pretraining
-from backend import deepspeed_config
+from runtime import zero
+from runtime.zero import deepspeed_config
 
 FLAGS = dict(
     zero_stage=2, offload="none", fused_adam="torch", opt="adamw", lr=1e-3, betas=(0.9, 0.95), eps=1e-7, batch_size=4,
@@ -60,7 +60,7 @@ def test_a_file_is_merged(tmp_path):
     assert config["zero_optimization"] == plain["zero_optimization"] | {"reduce_bucket_size": 1000}
     assert config["wall_clock_breakdown"] is True and config["comms_logger"] == {"enabled": True}
     assert config["optimizer"] == plain["optimizer"] and config["train_batch_size"] == 24
-    assert backend.TUNABLE["zero_optimization"]["reduce_bucket_size"] > 1000  # the defaults stay
+    assert zero.TUNABLE["zero_optimization"]["reduce_bucket_size"] > 1000  # the defaults stay
 
 
 def test_conflicts_are_all_named_with_their_flags(tmp_path):
@@ -148,9 +148,9 @@ def test_an_architecture_that_deepspeed_cannot_read_is_named(monkeypatch):
         raise ValueError("invalid literal for int() with base 10: '0a'")
 
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
-    monkeypatch.setattr(backend, "import_deepspeed", lambda: types.SimpleNamespace(initialize=initialize))
-    monkeypatch.setattr(backend.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(zero, "import_deepspeed", lambda: types.SimpleNamespace(initialize=initialize))
+    monkeypatch.setattr(zero.dist, "is_initialized", lambda: True)
     config = deepspeed_config(**FLAGS | {"fused_adam": "deepspeed"})
     module = torch.nn.Linear(2, 2)
     with pytest.raises(ImportError, match="TORCH_CUDA_ARCH_LIST is 9.0a.*9.0.*--fused_adam torch"):
-        backend.DeepSpeedBackend(module, [{"params": list(module.parameters())}], torch.device("cpu"), config)
+        zero.DeepSpeedBackend(module, [{"params": list(module.parameters())}], torch.device("cpu"), config)

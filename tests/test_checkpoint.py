@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-from checkpoint import (
+from runtime import checkpoint
+from runtime.checkpoint import (
     CheckpointError,
     checkpoint_files,
     latest_checkpoint,

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import run_class_finetuning
-import run_common
 import run_mae_pretraining
+from runtime import resume
 from tools import compare_runs, paper_tables, run_folders
 from utils import write_run_description
 
@@ -230,7 +230,7 @@ def test_every_flag_of_one_method_alone_is_known():
 
 
 def test_flags_that_may_differ_are_those_of_a_resume_and_no_more():
-    assert run_folders.FREE == run_common.FREE_ON_RESUME | {"device", "data_path", "seed", "picture_freq"}
+    assert run_folders.FREE == resume.FREE_ON_RESUME | {"device", "data_path", "seed", "picture_freq"}
     assert set(run_mae_pretraining.SAMPLERS) == set(compare_runs.ORDER) - {"scratch"}
 
 

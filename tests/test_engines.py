@@ -8,14 +8,14 @@ import torch
 
 import engine_for_pretraining
 import engine_for_tats
-import epoch_runner
-from backend import Backend
 from engine_for_pretraining import PretrainRecipe
 from engine_for_tats import PPOSettings
 from masking_generator import RandomMask
 from modeling_adamae import AdaMAE, AdaMAESampler
 from modeling_pretrain import pretrain_videomae_tiny_patch8_64
 from modeling_tats import TATS
+from runtime import epoch as epoch_runner
+from runtime.backend import Backend
 from tests.reference import patch_targets
 
 torch.set_num_threads(1)

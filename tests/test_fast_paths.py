@@ -15,13 +15,13 @@ import engine_for_pretraining
 import engine_for_tats
 import modeling_pretrain
 import trajectory_attention
-from backend import COMPILE, Backend
 from engine_for_pretraining import PretrainRecipe
 from masking_generator import gumbel_noise, uniform_noise
 from modeling_finetune import Attention, Block, run_blocks
 from modeling_pretrain import reconstruction_target, token_error
 from modeling_tats import ATTENTIONS, TATSBlock
 from run_mae_pretraining import SAMPLERS, Run, check_flags, get_parser, main, ppo_settings
+from runtime.backend import COMPILE, Backend
 from tests import reference
 from tests.test_models import make_input, make_mae, randomize
 from trajectory_attention import TimeAttention, TrajectoryAttention, orthogonal_landmarks

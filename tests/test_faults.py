@@ -13,9 +13,10 @@ import torch
 
 import run_class_finetuning
 import tests.test_run_finetuning as finetuning
-from checkpoint import CheckpointError, checkpoint_files, latest_checkpoint, save_checkpoint
 from datasets.build import _start_worker
-from run_common import Curves, run_script
+from runtime.checkpoint import CheckpointError, checkpoint_files, latest_checkpoint, save_checkpoint
+from runtime.launch import run_script
+from runtime.outputs import Curves
 from tests.test_run_pretraining import command, read_log, run_here, shapes  # noqa: F401  shapes is a fixture
 from utils import drop_epochs_from, replace_text
 

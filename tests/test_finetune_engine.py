@@ -16,12 +16,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import engine_for_finetuning as engine
-from backend import Backend
 from datasets.decoding import VideoError
 from engine_for_finetuning import FeatureLoader, FinetuneRecipe, Scores, StoredViews
 from modeling_finetune import Probe, VisionTransformer
 from optim_factory import parameter_groups
-from reports import class_names, confusion_matrix, draw_confusion, per_class_accuracy, write_report
+from runtime.backend import Backend
+from runtime.reports import class_names, confusion_matrix, draw_confusion, per_class_accuracy, write_report
 from utils import UsageError
 
 torch.set_num_threads(1)

@@ -13,8 +13,13 @@ from torch import nn
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import modeling_finetune  # noqa: F401  registers the models
-from backend import Backend
-from checkpoint import (
+from engine_for_finetuning import FinetuneRecipe
+from masking_generator import Mask
+from modeling_finetune import Probe, VisionTransformer, get_sinusoid_encoding_table
+from modeling_pretrain import PretrainVisionTransformer
+from optim_factory import layer_of, parameter_groups
+from runtime.backend import Backend
+from runtime.checkpoint import (
     CheckpointError,
     LoadReport,
     encoder_weights,
@@ -24,11 +29,6 @@ from checkpoint import (
     resize_position_table,
     save_checkpoint,
 )
-from engine_for_finetuning import FinetuneRecipe
-from masking_generator import Mask
-from modeling_finetune import Probe, VisionTransformer, get_sinusoid_encoding_table
-from modeling_pretrain import PretrainVisionTransformer
-from optim_factory import layer_of, parameter_groups
 
 torch.set_num_threads(1)
 

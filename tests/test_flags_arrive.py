@@ -14,14 +14,15 @@ import engine_for_pretraining
 import engine_for_tats
 import modeling_pretrain
 import run_class_finetuning
-import run_common
 import run_mae_pretraining
 import utils
-from checkpoint import load_run
 from datasets.build import build_evaluation_loader
 from datasets.moving_shapes import write_dataset
 from engine_for_pretraining import PretrainRecipe
 from masking_generator import gumbel_noise, uniform_noise
+from runtime import backend as runtime_backend
+from runtime import build as runtime_build
+from runtime.checkpoint import load_run
 from tests import reference
 from tests.test_fast_paths import HEADS, NUM_MASKED, NUM_TOKENS, make_batch, make_run, train_step
 
@@ -394,10 +395,10 @@ def deepspeed_seen(tmp_path_factory):
         configs[config["optimizer"]["params"]["eps"]] = config
         if len(configs) == 2:
             raise Arrived
-        return run_common.Backend(module, torch.optim.SGD(groups, lr=1), device)
+        return runtime_backend.Backend(module, torch.optim.SGD(groups, lr=1), device)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(run_common, "DeepSpeedBackend", record)
+        monkeypatch.setattr(runtime_build, "DeepSpeedBackend", record)
         with pytest.raises(Arrived):
             run_mae_pretraining.main(
                 f"--data_path {folder / 'train.csv'} --model pretrain_videomae_tiny_patch8_64 --input_size 32 "

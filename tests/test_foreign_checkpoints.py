@@ -26,11 +26,15 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
-import foreign_files
 import run_class_finetuning
 import run_mae_pretraining
 import run_mae_vis
-from checkpoint import (
+from datasets.moving_shapes import write_dataset
+from masking_generator import Mask
+from modeling_adamae import AdaMAESampler
+from modeling_finetune import get_sinusoid_encoding_table, is_sinusoid_encoding_table
+from runtime import foreign_files
+from runtime.checkpoint import (
     CheckpointError,
     encoder_weights,
     load_autoencoder,
@@ -41,11 +45,7 @@ from checkpoint import (
     open_checkpoint,
     saved_args,
 )
-from datasets.moving_shapes import write_dataset
-from masking_generator import Mask
-from modeling_adamae import AdaMAESampler
-from modeling_finetune import get_sinusoid_encoding_table, is_sinusoid_encoding_table
-from run_common import find_resume
+from runtime.resume import find_resume
 from tests.test_finetune_models import make_classifier, make_encoder, make_mae, naive_resize, randomize
 from tools import run_folders
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-import reports
 import run_mae_vis
 from datasets.lists import ListError, read_list, split_line
 from datasets.moving_shapes import write_video
 from engine_for_finetuning import Scores
+from runtime import reports
 from tools.common import VIDEO_SUFFIXES, find_videos, replacing, temporary_name, write_list
 from utils import picture_text, tolerant_output
 

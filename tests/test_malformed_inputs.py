@@ -29,7 +29,12 @@ import engine_for_tats
 import run_class_finetuning
 import run_mae_pretraining
 import run_mae_vis
-from checkpoint import (
+from datasets.decoding import VideoError, read_frames
+from datasets.lists import ListError, read_list
+from datasets.moving_shapes import render_clip, write_dataset, write_video
+from datasets.transforms import spatial_crops
+from datasets.video import EvalVideoDataset, TrainVideoDataset
+from runtime.checkpoint import (
     CheckpointError,
     check_moments,
     encoder_weights,
@@ -38,11 +43,6 @@ from checkpoint import (
     load_weights,
     model_weights,
 )
-from datasets.decoding import VideoError, read_frames
-from datasets.lists import ListError, read_list
-from datasets.moving_shapes import render_clip, write_dataset, write_video
-from datasets.transforms import spatial_crops
-from datasets.video import EvalVideoDataset, TrainVideoDataset
 from tools import check_videos, make_lists, make_subset, resize_videos
 from tools.common import in_processes
 

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import ppo
-import run_common
 from modeling_adamae import AdaMAE, AdaMAESampler, sampling_loss
 from modeling_finetune import Probe, VisionTransformer
 from modeling_pretrain import PretrainVisionTransformer, reconstruction_target, token_error
 from modeling_tats import ATTENTIONS, TATS
 from optim_factory import create_optimizer, parameter_groups
 from run_mae_pretraining import get_parser
+from runtime import resume as runtime_resume
 from tests import reference
 from trajectory_attention import TrajectoryAttention
 from utils import mean_and_deviation, seed_everything
@@ -277,6 +277,9 @@ def test_a_resume_names_flags_that_the_older_run_did_not_have(tmp_path, capsys):
     args.world_size, args.rank = 1, 0
     saved = {name: value for name, value in vars(args).items() if name != "landmark_gradient"}
     run = SimpleNamespace(load=lambda path, state: 1)
-    assert run_common.resume(run, args, (tmp_path / "checkpoint-0.pth", {"args": saved, "epoch": 0}), 1) == (1, None)
+    assert runtime_resume.resume(run, args, (tmp_path / "checkpoint-0.pth", {"args": saved, "epoch": 0}), 1) == (
+        1,
+        None,
+    )
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
     assert len(notes) == 1 and "--landmark_gradient False" in notes[0] and "--lr" not in notes[0]

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
-from checkpoint import load_weights, model_weights
 from masking_generator import Mask, gather_tokens
 from modeling_finetune import Attention, PatchEmbed, VisionTransformer, get_sinusoid_encoding_table
 from modeling_pretrain import PretrainVisionTransformer, patchify, reconstruction_target, token_error, unpatchify
+from runtime.checkpoint import load_weights, model_weights
 from tests import reference
 
 torch.set_num_threads(1)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from backend import Backend
 from modeling_finetune import VisionTransformer
 from modeling_pretrain import PretrainVisionTransformer
 from modeling_tats import TATS
 from optim_factory import cosine_schedule, create_optimizer, parameter_groups
+from runtime.backend import Backend
 
 torch.set_num_threads(1)
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 import engine_for_pretraining
-import preemption
 import run_class_finetuning
-from checkpoint import checkpoint_files, latest_checkpoint, prune_checkpoints
 from datasets.moving_shapes import write_dataset
-from epoch_runner import EpochRunner
-from preemption import GO_ON, SAVE, SIGNALS, STOP, Watch, set_handlers
 from run_mae_pretraining import main
-from utils import Metrics, append_json_line
+from runtime import preemption
+from runtime.checkpoint import checkpoint_files, latest_checkpoint, prune_checkpoints
+from runtime.epoch import EpochRunner
+from runtime.metrics import Metrics
+from runtime.preemption import GO_ON, SAVE, SIGNALS, STOP, Watch, set_handlers
+from utils import append_json_line
 
 FLAGS = [
     "--model", "pretrain_videomae_tiny_patch8_64", "--input_size", "32", "--num_frames", "4", "--sampling_rate", "2",

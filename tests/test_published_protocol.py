@@ -14,7 +14,7 @@ import run_mae_pretraining
 from datasets.build import build_finetuning_loader
 from datasets.moving_shapes import write_dataset
 from optim_factory import cosine_schedule
-from run_common import clips_per_batch, effective_batch, recipe_settings
+from runtime.build import clips_per_batch, effective_batch, recipe_settings
 from utils import UsageError
 
 TINY = """--model vit_tiny_patch8_64 --input_size 32 --num_frames 4 --sampling_rate 2 --data_set custom --nb_classes 10

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from datasets.moving_shapes import write_dataset
-from run_common import Curves, run_script
 from run_mae_pretraining import SAMPLERS, build_mae, build_sampler, get_parser, main
+from runtime.launch import run_script
+from runtime.outputs import Curves
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from masking_generator import motion_lift, texture_energy
-from sampler_guard import EPOCHS_OF_A_BAD_CRITIC, SamplerGuard
+from runtime.sampler_guard import EPOCHS_OF_A_BAD_CRITIC, SamplerGuard
 
 
 def test_nothing_is_said_of_masks_without_a_sampler_nor_of_a_healthy_one():

@@ -23,10 +23,10 @@ import engine_for_finetuning
 import engine_for_tats
 import run_class_finetuning
 import run_mae_pretraining
-from backend import Backend
 from datasets.transforms import mean_and_std
 from engine_for_finetuning import FinetuneRecipe
 from optim_factory import create_optimizer, parameter_groups
+from runtime.backend import Backend
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))

@@ -20,7 +20,7 @@ READ_BY = dict.fromkeys(
     "normalize_advantage".split(),
     "tats",
 ) | {"adamae_coef": "adamae"}  # fmt: skip
-# May differ unmentioned: what run_common.FREE_ON_RESUME holds, device, pictures. Rows tell data_path and seed; where
+# May differ unmentioned: those of runtime.resume.FREE_ON_RESUME, device, pictures. Rows tell data_path and seed; where
 # --finetune points, the clips of a step and the settings of the test are compared on their own (settings).
 FREE = set(
     "resume auto_resume start_epoch output_dir log_dir num_workers pin_mem print_freq rank local_rank world_size "

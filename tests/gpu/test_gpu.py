@@ -24,8 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import engine_for_finetuning
 import trajectory_attention
-from backend import Backend
 from optim_factory import create_optimizer, parameter_groups
+from runtime.backend import Backend
 from tests.test_without_gpu import ENGINES, TATS, TINY, classifier, clips, parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ def losses_of(flags: str, device: torch.device, steps: int = STEPS) -> torch.Ten
     args = parse(f"{flags} --device {device.type} --batch_size 8 --num_landmarks 8 --lr 1e-2 --warmup_epochs 0")
     torch.manual_seed(0)
     found = []
-    with mock.patch("epoch_runner.EpochRunner.end_micro_batch", lambda *a: found.append(a[4].detach())):
+    with mock.patch("runtime.epoch.EpochRunner.end_micro_batch", lambda *a: found.append(a[4].detach())):
         run, batch, step = prepare(args, device)
         for module in run.sampler.modules():
             if isinstance(module, torch.nn.Dropout):

@@ -1,8 +1,7 @@
-"""The one place that knows DDP, DeepSpeed, mixed precision, gradient accumulation and how a step is taken."""
+"""DeepSpeed: ZeRO behind the interface of Backend. The only file that imports deepspeed."""
 
 import contextlib
 import copy
-import inspect
 import json
 import logging
 import os
@@ -13,154 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-# torch 2.13 renamed it
-BUFFER_SYNC = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
-# fullgraph: what cannot be compiled is an error rather than a slower step that nobody notices
-COMPILE = dict(fullgraph=True, dynamic=False)
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
-
-
-class Backend:
-    """One module and its optimizer, in one process or under DDP. A training step is
-
-        with backend.autocast():
-            loss = ... backend.module(...)
-        backend.backward(loss)
-        backend.step()                  # does nothing until accum_iter micro-batches are in
-
-    Frozen means that step() is not called. Losses are divided by accum_iter here and nowhere else.
-    A step whose gradient is not finite leaves the weights as they were, without asking the device, on all processes
-    alike: `skipped` counts them, `skipped_in_a_row` says whether training still moves, `grad_norm` is the last finite
-    one before clipping (0-d tensors on the device).
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        amp: str = "none",
-        accum_iter: int = 1,
-        clip_grad: float | None = None,
-        compile: bool = False,
-    ):
-        self.raw = module.to(device)
-        self.compile = compile
-        if compile:
-            self.raw.compile(**COMPILE)
-        self.optimizer = optimizer
-        self.device = device
-        self.dtype = AMP_DTYPES[amp]
-        self.accum_iter = accum_iter
-        self.clip_grad = clip_grad
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.micro_batches = 0
-        self.grad_norm = torch.zeros((), device=device)
-        self.skipped = torch.zeros((), device=device)
-        self.skipped_in_a_row = torch.zeros((), device=device)
-        self._wrap(amp)
-
-    def _wrap(self, amp: str) -> None:
-        """Sets `module`, what training calls."""
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
-        self.module = self.raw
-        if dist.is_initialized():
-            self.module = DistributedDataParallel(
-                self.raw,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,  # or each gradient would lie in memory twice
-                **{BUFFER_SYNC: False},  # position tables, the same everywhere
-            )
-
-    @contextlib.contextmanager
-    def autocast(self):
-        """Mixed precision for the forward pass; between steps DDP keeps gradients to itself."""
-        if isinstance(self.module, DistributedDataParallel):
-            self.module.require_backward_grad_sync = (self.micro_batches + 1) % self.accum_iter == 0
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            yield
-
-    def compiled(self, function):
-        """function, or its compiled form with --compile; compiled once however often this is called."""
-        return torch.compile(function, **COMPILE) if self.compile else function
-
-    def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss / self.accum_iter).backward()
-        self.micro_batches += 1
-
-    def step(self) -> bool:
-        """Whether this micro-batch completed an optimizer step."""
-        if self.micro_batches % self.accum_iter:
-            return False
-        self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        grad_norm = nn.utils.get_total_norm(gradients)
-        if self.clip_grad:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, grad_norm)
-        bad = self._count(grad_norm)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.found_inf = bad  # the fused kernels look at it on the device
-            self.optimizer.step()
-        elif not bad:  # other optimizers have to ask
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return True
-
-    def _count(self, grad_norm: Tensor) -> Tensor:
-        """Takes note of a step with this gradient; 1.0 where it is to be skipped."""
-        finite = torch.isfinite(grad_norm)
-        self.grad_norm = torch.where(finite, grad_norm, self.grad_norm)
-        bad = (~finite).float()
-        self.skipped = self.skipped + bad  # a new tensor: the epoch's runner keeps earlier ones
-        self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
-        return bad
-
-    def set_schedule(self, lr: float, weight_decay: float | None = None) -> None:
-        """lr times each group's lr_scale; weight_decay for the groups that decay at all."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-            if weight_decay is not None and group["weight_decay"] > 0:
-                group["weight_decay"] = weight_decay
-
-    def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """The state dict of self.raw or of a part of it, whole; every process has to ask."""
-        return module.state_dict()
-
-    def whole(self, module: nn.Module):
-        """A context in which a part of self.raw may be called by itself; every process has to enter it."""
-        return contextlib.nullcontext()
-
-    def replica(self) -> nn.Module:
-        """A module with the current weights that each process may run on its own, as often as it likes; every process
-        has to ask."""
-        return self.raw
-
-    def put_away(self) -> None:
-        """The replica is not needed for a while."""
-
-    def state_dict(self) -> dict:
-        """The optimizer's state in torch's format, keyed by the parameters' places in the groups, whatever the backend
-        and the number of processes; every process has to ask, the main one gets it whole."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Of either backend, from any number of processes. Weights are not in it: load them before wrapping."""
-        own = [{name: value for name, value in g.items() if name != "params"} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(settings)  # learning rate, betas, eps and decay are this run's flags, not the file's
-        if self.scaler.is_enabled() and state["scaler"]:  # empty in a run without fp16
-            self.scaler.load_state_dict(state["scaler"])
-
+from runtime.backend import Backend
 
 # --- DeepSpeed ---------------------------------------------------------------------------------------------------
 

@@ -7,21 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backend import Backend
 from optim_factory import cosine_schedule
-from preemption import SAVE, STOP, Preempted, Watch
-from utils import (
-    Metrics,
-    Progress,
-    UsageError,
-    append_json_line,
-    everyone,
-    is_main_process,
-    log,
-    peak_memory,
-    total,
-    world_size,
-)
+from runtime.backend import Backend
+from runtime.metrics import Metrics, Progress
+from runtime.preemption import SAVE, STOP, Preempted, Watch
+from utils import UsageError, append_json_line, everyone, is_main_process, log, peak_memory, total, world_size
 
 MAX_SKIPPED_IN_A_ROW = 20
 SKIPPED_STEPS = "skipped_steps.jsonl"  # in the output folder

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foreign_files import CheckpointError, load_checkpoint, weights_in
+from runtime.foreign_files import CheckpointError, load_checkpoint, weights_in
 
 LEARNED_SAMPLERS = ("adamae", "tats")  # keys in checkpoints of this project
 MODEL_KEYS = ("model", "module")  # where weights are looked for first, as VideoMAE does

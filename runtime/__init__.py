@@ -1,0 +1,1 @@
+"""How a run is kept going; imports no run_*, no engine_*."""
