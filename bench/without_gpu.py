@@ -28,12 +28,9 @@ GPU = torch.device("cuda", 0)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages of tensors that operators return, for as long as anything refers to them.
+    """Adds up the storages of tensors on a device that operators return, as long as anything refers to them."""
 
-    device_type: count only tensors there; None: all but those on "meta", which have no bytes.
-    """
-
-    def __init__(self, device_type: str | None = None):
+    def __init__(self, device_type: str):
         super().__init__()
         self.live = self.peak = 0
         self.device_type = device_type
@@ -42,9 +39,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
-                continue
-            if self.device_type not in (None, tensor.device.type):
+            if not isinstance(tensor, Tensor) or tensor.device.type != self.device_type:
                 continue
             storage = tensor.untyped_storage()
             if storage._cdata not in self.sizes:

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from optim_factory import parameter_groups
-from run_mae_pretraining import build_mae, build_sampler, get_parser
+from run_mae_pretraining import build_mae, get_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_ATTENTION = "bench/attention.py --frames 2 --tokens 9 --dim 32 --heads 2 --rounds 1 --threads 1"
@@ -176,129 +174,10 @@ def test_memory_computed_without_a_gpu_is_that_of_the_tensors(run_here):
     assert float(small["tats-mha"]["peak GB"]) > float(small["tube"]["peak GB"])
 
 
-SCALING_ROWS = ("ddp", "zero1-accum-2", "zero2", "zero3", "zero2-offload", "tats-ddp")
-
-
-def count_rows(rank, folder):
-    """What bench/scaling.py's processes do, for all rows in one group: resident memory means nothing here."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    import scaling
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    found = {}
-    for row in SCALING_ROWS:
-        args = scaling.parse("tiny", row, ["--deepspeed_config", str(folder / "config.json")] * ("zero" in row), 2)
-        args.rank, args.local_rank, args.amp = rank, rank, "none"
-        scaling.seed_everything(0)
-        found[row] = scaling.measure_step(args)
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def scaling_counts(tmp_path_factory):
-    """Of two processes, with buckets of 1000 elements, and every weight spread in stage 3."""
-    folder = tmp_path_factory.mktemp("scaling")
-    zero = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000, "stage3_param_persistence_threshold": 0}
-    (folder / "config.json").write_text(json.dumps({"zero_optimization": zero}))
-    torch.multiprocessing.start_processes(count_rows, (folder,), nprocs=2, start_method="spawn")
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
 TINY_CLIP = ["--model", "pretrain_videomae_tiny_patch8_64", "--input_size", "16", "--num_frames", "2"]
 
 
-def tiny_parameters() -> tuple[int, int]:
-    """Of the autoencoder: how many, and how many of them a process has where two share them: each of the two groups
-    (with and without weight decay) is padded to a multiple of four."""
-    groups = parameter_groups(build_mae(get_parser().parse_args(TINY_CLIP)), 0.05)
-    counts = [sum(p.numel() for p in group["params"]) for group in groups]
-    return sum(counts), sum(-(-count // 4) * 2 for count in counts)
-
-
-@pytest.mark.parametrize("row", SCALING_ROWS[:-1])
-def test_scaling_counts_are_the_bytes_of_the_layout(scaling_counts, row):
-    whole, share = tiny_parameters()
-    weights, copy, adam, gradients, other = {
-        "ddp": (whole, 0, 2 * whole, whole, whole),  # buckets, in which the gradients lie
-        "zero1-accum-2": (whole, share, 2 * share, whole, 0),
-        "zero2": (whole, share, 2 * share, share, 0),
-        "zero3": (share, share, 2 * share, share, 1000),
-        "zero2-offload": (whole, share, 2 * share, share, share),
-    }[row]
-    stays = gradients * (row in ("zero3", "zero2-offload"))
-    largest = 384 * 96  # elements of a weight
-    for counts in scaling_counts:
-        found = counts[row]
-        assert found["weights"] == pytest.approx(4 * weights, rel=1e-3)
-        assert found["copy"] == 4 * copy
-        assert found["adam"] == pytest.approx(4 * adam, rel=1e-3)  # steps are counted too
-        # a weight that lies on both sides of the cut has its whole gradient in both
-        assert 4 * gradients <= found["gradients"] < 4 * (gradients + largest)
-        small = 20_000 + 8 * largest * (row == "zero2-offload")  # position tables, the clip; two buffers on the way
-        assert 4 * other <= found["other"] < 4 * other + small
-        assert found["between"] == sum(found[name] for name in ("weights", "copy", "adam", "other")) + 4 * stays
-        new = 0 if row == "ddp" else gradients - stays
-        assert found["after"] >= found["between"] + 4 * new and found["peak"] >= found["after"]
-
-
-def test_scaling_counts_the_sampler_too(scaling_counts):
-    args = get_parser().parse_args([*TINY_CLIP, "--mask_type", "tats"])
-    sampler = sum(p.numel() for p in build_sampler(args, build_mae(args)).parameters())
-    whole, _ = tiny_parameters()
-    for counts in scaling_counts:
-        assert counts["tats-ddp"]["weights"] == 4 * (whole + sampler)
-        assert counts["tats-ddp"]["adam"] == pytest.approx(8 * (whole + sampler), rel=1e-3)
-
-
-def test_scaling_starts_processes_and_prints_what_they_held(run_here):
-    measured, *computed = run_here("bench/scaling.py --sizes tiny --rows ddp")
-    header, (row,) = measured
-    assert "2 x 16 x 16" in header and "2 processes" in header
-    whole, _ = tiny_parameters()
-    for name, size in (("weights", 4), ("adam", 8), ("gradients", 4), ("between", 16), ("after", 16), ("paper", 16)):
-        assert float(row[name]) == pytest.approx(size * whole / 1e6, abs=0.1)
-    assert 0.99 < float(row["after / ours"]) < 1.02 and float(row["after / paper"]) == pytest.approx(1.0, abs=0.01)
-    assert float(row["RSS peak"]) >= float(row["RSS"]) >= float(row["between"])  # tensors are resident memory
-    assert len(computed) == 2  # nothing is offloaded
-
-
-def test_scaling_formulas(run_here):
-    (_, paper), (_, ours), (_, host) = run_here("bench/scaling.py --sizes base --skip_measuring")
-    parameters = sum(p.numel() for p in build_mae(get_parser().parse_args([])).parameters()) / 1e9
-    for rows, processes in (((paper[i], ours[i], host[i]), n) for i, n in enumerate((1, 2, 8, 64))):
-        assert {row["model x processes"] for row in rows} == {f"base x {processes}"}
-        expected = {"ddp": 16, "zero1": 8 + 8 / processes, "zero2": 4 + 12 / processes, "zero3": 16 / processes}
-        for name, size in expected.items():
-            assert float(rows[0][name]) == pytest.approx(size * parameters, abs=0.006)
-        # with offload weights, and three buckets of 25 million elements
-        assert float(rows[1]["ddp"]) == pytest.approx(16 * parameters, abs=0.006)
-        assert float(rows[1]["zero2-offload"]) == pytest.approx(4 * parameters + 0.3, abs=0.006)
-        assert float(rows[2]["zero2-offload"]) == pytest.approx(20 * parameters / processes, abs=0.006)
-
-
-def test_scaling_cost_is_arithmetic(run_here):
-    ((header, rows),) = run_here(
-        "bench/scaling.py --cost --sizes tiny --input_size 16 --num_frames 2 --mask_ratio 0.75 --share 0.5"
-    )
-    assert "COMPUTED, NOT MEASURED" in header and "50% of the bf16 peak" in header and len(rows) == 12
-    for row in rows:
-        gpus, days = int(row["GPUs"]), float(row["days 800"])
-        traffic, traffic3 = (float(row[f"{name} traffic ms"]) for name in ("DDP", "ZeRO 3"))
-        assert (
-            (traffic == 0 or gpus > 1)
-            and (traffic > 0 or gpus < 64)
-            and traffic3 == pytest.approx(1.5 * traffic, abs=0.11)
-        )
-        assert days == pytest.approx(2 * float(row["days 400"]), abs=0.011)
-    import scaling
-
-    # 989e12 / 2 operations a second; ring of 64 over 25 GB/s, of 8 over 450
-    assert scaling.step_seconds(989e12, 10**9, "H100", 64, 0.5) == pytest.approx((2, 2 * 4 * 63 / 64 / 25))
-    assert scaling.step_seconds(312e12, 10**9, "A100", 8, 1.0, passes=3) == pytest.approx((1, 3 * 4 * 7 / 8 / 300))
-
-
-def test_scaling_counts_the_operations_of_a_real_step(run_here, monkeypatch):
+def test_shapes_alone_tell_the_operations_of_a_real_step(run_here, monkeypatch):
     from common import count_flop
     from without_gpu import GPU, fake_gpu, prepare
 
@@ -311,29 +190,6 @@ def test_scaling_counts_the_operations_of_a_real_step(run_here, monkeypatch):
             _, _, shapes_alone = prepare(args, GPU)
         counted = count_flop(lambda: shapes_alone(0))
     assert counted == count_flop(lambda: step(0)) > 0
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--rows zero4", "--rows zero4: unknown; some of ddp, zero0"),
-        ("--processes 0", "--processes must be at least 1"),
-        ("--cost --share 35", "--share greater than 0 and at most 1"),
-        ("--cost --compile", "--enable_deepspeed and --compile do not change"),
-        ("--rows ddp --processes 1000000", "ddp of tiny takes about .* GB, .* are free: choose --rows"),
-    ],
-)  # fmt: skip
-def test_scaling_explains_what_it_cannot_do(run_here, flags, message):
-    with pytest.raises(SystemExit, match=message):
-        run_here(f"bench/scaling.py --sizes tiny {flags}")
-
-
-def test_scaling_hands_on_why_a_process_failed(run_here, monkeypatch):
-    run_here("bench/scaling.py --sizes tiny --skip_measuring --rows ddp")
-    result = subprocess.CompletedProcess([], 1, "", "noise\nerror: no room left\nTraceback")
-    monkeypatch.setattr("scaling.subprocess.run", lambda *args, **kwargs: result)
-    with pytest.raises(SystemExit, match="^error: ddp of tiny failed: no room left$"):
-        run_here("bench/scaling.py --sizes tiny --rows ddp")
 
 
 @pytest.fixture
