@@ -27,7 +27,7 @@ FAILURES = (
     (r"DataLoader worker .*(exited unexpectedly|killed by signal)", LOADER_DIED),
     (r"DataLoader timed out", "no batch came for half an hour: a loader process hangs, or the disk does"),
     (r"Connection (closed|reset) by|Broken pipe|NCCL error|NCCL communicator was aborted|gloo.*[Tt]imed out",
-     "lost touch with another process, which has ended or hangs; its own output says why"),
+     "another rank exited or stopped responding; look for the first error in the other ranks' logs"),
     (r"CUDA out of memory", "the GPU has too little memory: lower --batch_size (and raise --accum_iter), or set "
      "--use_checkpoint"),
 )  # fmt: skip
