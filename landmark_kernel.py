@@ -25,7 +25,11 @@ def _search(q, stride_head, stride_token, inverse, similarity, index, num_tokens
     for start in range(0, num_tokens, BLOCK):  # 1 / norm, and nothing similar yet
         row = start + tl.arange(0, BLOCK)
         kept = row < num_tokens
-        x = tl.load(q + row[:, None] * stride_token + column[None, :], mask=kept[:, None] & inside[None, :], other=0.0)
+        x = tl.load(
+            q + row[:, None].to(tl.int64) * stride_token + column[None, :],
+            mask=kept[:, None] & inside[None, :],
+            other=0.0,
+        )
         x = x.to(tl.float32)
         norm = tl.sqrt(tl.sum(x * x, axis=1))
         tl.store(inverse + row, 1.0 / tl.maximum(norm, 1e-12), mask=kept)  # as F.normalize
@@ -42,7 +46,9 @@ def _search(q, stride_head, stride_token, inverse, similarity, index, num_tokens
             row = start + tl.arange(0, BLOCK)
             kept = row < num_tokens
             x = tl.load(
-                q + row[:, None] * stride_token + column[None, :], mask=kept[:, None] & inside[None, :], other=0.0
+                q + row[:, None].to(tl.int64) * stride_token + column[None, :],
+                mask=kept[:, None] & inside[None, :],
+                other=0.0,
             )
             cosine = tl.sum(x.to(tl.float32) * latest[None, :], axis=1) * tl.load(inverse + row, mask=kept, other=0.0)
             largest = tl.load(similarity + row, mask=kept, other=float("inf"))
