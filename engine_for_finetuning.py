@@ -43,9 +43,9 @@ def mix(video: Tensor, label: Tensor, mixup: Mixup) -> tuple[Tensor, Tensor]:
 
 
 def train_one_epoch(backend: Backend, loader, recipe: FinetuneRecipe, epoch: int, ema=None) -> dict[str, float]:
-    """backend.raw: clips -> logits. ema: timm's ModelEmaV3, or None. Returns epoch means; acc1 (%) where labels are not
-    mixed."""
-    backend.raw.train()
+    """backend.unwrapped: clips -> logits. ema: timm's ModelEmaV3, or None. Returns epoch means; acc1 (%) where labels
+    are not mixed."""
+    backend.unwrapped.train()
     runner = EpochRunner(recipe, backend, epoch)
     for index, step, batch in runner.batches(loader):
         lr = recipe.apply_schedule(backend, step)
@@ -54,7 +54,7 @@ def train_one_epoch(backend: Backend, loader, recipe: FinetuneRecipe, epoch: int
         if recipe.mixup is not None:
             video, label = mix(video, label, recipe.mixup)
             smoothing = 0.0  # already in the soft labels
-        with backend.autocast():
+        with backend.autocast(), backend.no_sync():
             logits = backend.module(video)
         loss = F.cross_entropy(logits.float(), label, label_smoothing=smoothing)
         backend.backward(loss)
@@ -65,9 +65,9 @@ def train_one_epoch(backend: Backend, loader, recipe: FinetuneRecipe, epoch: int
         if stepped:
             runner.metrics.update(grad_norm=backend.grad_norm)
             if ema is not None:
-                ema.update(backend.raw)
+                ema.update(backend.unwrapped)
         runner.end_micro_batch(index, step, lr, loss, stepped)
-    for model in [backend.raw] + ([ema.module] if ema is not None else []):
+    for model in [backend.unwrapped] + ([ema.module] if ema is not None else []):
         average_batch_norm(model, recipe.mean.device)
     return runner.finish()
 

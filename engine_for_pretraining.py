@@ -38,16 +38,16 @@ def masked_error(prediction: Tensor, pixels: Tensor, mask: Mask, recipe: Pretrai
 def train_one_epoch(
     backend: Backend, sampler: MaskSampler, loader, recipe: PretrainRecipe, epoch: int, sampling_coef: float = 1e-4
 ) -> dict[str, float]:
-    """backend.raw is the MAE, or AdaMAE (MAE and sampler in one) where the sampler learns; returns epoch means."""
-    backend.raw.train()
+    """backend.unwrapped: the MAE, or AdaMAE (MAE and sampler in one) where the sampler learns. Returns epoch means."""
+    backend.unwrapped.train()
     runner = EpochRunner(recipe, backend, epoch)
     error_of = backend.compiled(masked_error)
     for index, step, batch in runner.batches(loader):
         lr = recipe.apply_schedule(backend, step)
         pixels, video, seed = to_device(batch, recipe)
         energy = motion_energy(video, recipe.grid)  # here, where no activations are alive
-        with backend.autocast():
-            if isinstance(backend.raw, modeling_adamae.AdaMAE):
+        with backend.autocast(), backend.no_sync():
+            if isinstance(backend.unwrapped, modeling_adamae.AdaMAE):
                 prediction, mask = backend.module(video, seed)
             else:
                 mask = sampler(video, seed)

@@ -39,8 +39,8 @@ def train_one_epoch(
     With k = 1 and one pass the policy of phase 2 is the recorded one, so the forward pass of phase 1 keeps its graph
     and serves both: the same gradient for one forward pass less (PPOSettings.one_pass). Phase 2 never runs the MAE.
     """
-    mae.raw.train()
-    tats.raw.train()
+    mae.unwrapped.train()
+    tats.unwrapped.train()
     runner = EpochRunner(recipe, mae, epoch, tats)
     one_pass = settings.one_pass(tats.accum_iter)
     buffer: list[ppo.Episode] = []
@@ -49,14 +49,14 @@ def train_one_epoch(
         lr = recipe.apply_schedule(mae, step)
         pixels, video, seed = to_device(batch, recipe)
         energy = motion_energy(video, recipe.grid)
-        embed = mae.raw.encoder.patch_embed
-        with torch.no_grad(), mae.autocast(), mae.whole(embed):
+        embed = mae.unwrapped.encoder.patch_embed
+        with torch.no_grad(), mae.autocast(), mae.gathered(embed):
             tokens = embed(video)
         if tats.dtype is None:
             tokens = tokens.float()  # TATS in full precision beside an autoencoder that is not
-        with torch.set_grad_enabled(one_pass), tats.autocast():
-            mask = (tats.module if one_pass else tats.raw)(video, seed, tokens)
-        with mae.autocast():
+        with torch.set_grad_enabled(one_pass), tats.autocast(), tats.no_sync():
+            mask = (tats.module if one_pass else tats.unwrapped)(video, seed, tokens)
+        with mae.autocast(), mae.no_sync():
             prediction = mae.module(video, mask)
         texture = texture_energy(video, recipe.grid)
         del video
@@ -96,7 +96,7 @@ def _phase_two(tats: Backend, buffer: list[ppo.Episode], settings: PPOSettings, 
     for _ in range(settings.epochs):
         for episodes, moments_of_step in zip(steps, moments, strict=True):
             for episode in episodes:
-                with tats.autocast():
+                with tats.autocast(), tats.no_sync():
                     mask = tats.module(None, None, episode.tokens)
                 _update(tats, mask.log_prob, mask.value, episode, moments_of_step, settings, runner)
 

@@ -63,15 +63,15 @@ from runtime.flags import (
 )
 from runtime.launch import end_with_status, run_script
 from runtime.outputs import closing, open_output, write_deepspeed_configs
-from runtime.preemption import STOP, Preempted, Watch, stop_at_once
+from runtime.preemption import STOP, Preempted, PreemptionWatch, stop_at_once
 from runtime.reports import add_best_epoch, class_names, read_report, write_report
 from runtime.resume import find_resume, open_finetune, resume, save, saved_defaults
 from utils import (
     UsageError,
-    agree,
+    all_gather_object,
     barrier,
+    check_same_on_all_ranks,
     drop_epochs_from,
-    everyone,
     format_time,
     init_distributed,
     is_main_process,
@@ -393,7 +393,7 @@ class Run:
 
     def weights(self, epoch: int) -> dict:
         """What checkpoint-best.pth holds; `model` has VideoMAE's names. Every process has to ask."""
-        model = self.backend.weights(self.backend.raw)
+        model = self.backend.weights(self.backend.unwrapped)
         state = {"model": model, "epoch": epoch, "best": self.best, "args": vars(self.args)}
         return state | ({"model_ema": self.ema.module.state_dict()} if self.ema else {})
 
@@ -462,7 +462,7 @@ def build_recipe(args, device: torch.device, loaders: dict) -> FinetuneRecipe:
 
 def store_probe_features(run: Run, loaders: dict, recipe: FinetuneRecipe) -> None:
     """Puts features of the frozen encoder in the place of the clips of "train" and "val"."""
-    args, probe = run.args, run.backend.raw
+    args, probe = run.args, run.backend.unwrapped
     train = build_finetuning_loader(args, args.rank, args.world_size, drop_last=False)
     train.sampler.set_epoch(0)
     clips = len(train.sampler) * args.num_sample
@@ -545,7 +545,7 @@ def run_finetuning(args) -> None:
         best = read_best(output)  # a killed run may have got further than its newest checkpoint
         run.best = max(run.best, best.get("best", run.best), key=lambda b: b["acc1"])
     found = weights = best = None  # or every process would hold them during the whole run
-    agree(run.best, "best checkpoints")
+    check_same_on_all_ranks(run.best, "best checkpoints")
     if output and is_main_process():
         drop_epochs_from(output / "log.txt", first_epoch - (run.unvalidated is not None))
 
@@ -562,14 +562,14 @@ def run_finetuning(args) -> None:
     last = max(first_epoch, args.epochs) - 1
     saved = output / checkpoint_name(last) if output else None
     source = str(saved) if saved and saved.exists() else f"the weights after epoch {last}"
-    agree(source, "checkpoints of the last epoch")
+    check_same_on_all_ranks(source, "checkpoints of the last epoch")
     best = read_best(output) if output and args.save_ckpt and args.test_best else {}
     if best.get("best") != run.best:
         best = {}
-    agree(bool(best), "best checkpoints")
+    check_same_on_all_ranks(bool(best), "best checkpoints")
     settings = test_settings(args, loaders["test"], source)
     expected = settings | ({"best_epoch": run.best["epoch"]} if best else {})
-    if finished and everyone(output and is_tested(output, expected))[0]:
+    if finished and all_gather_object(output and is_tested(output, expected))[0]:
         log(f"nothing to do: {args.epochs} epochs are finished and tested ({output / 'test.json'})")
         return
     scores = test(run.evaluated, loaders["test"], recipe, args, source, output, names)
@@ -634,7 +634,7 @@ def validate(run: Run, loader, recipe: FinetuneRecipe, epoch: int, output: Path 
     """Accuracies of the central view of each video; writes checkpoint-best.pth when top-1 has risen."""
     args = run.args
     scores = evaluate(run.evaluated, loader, recipe, args.amp, args.batch_size, args.allow_missing)
-    run.backend.put_away()
+    run.backend.offload_replica()
     stats = {"val_acc1": scores.accuracy(1), "val_acc5": scores.accuracy(5), "val_loss": scores.loss()}
     if stats["val_acc1"] > run.best["acc1"]:
         run.best = {"acc1": stats["val_acc1"], "epoch": epoch}
@@ -667,7 +667,10 @@ def train(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, out
     if stores_features(args):
         store_probe_features(run, loaders, recipe)
     minutes = args.save_ckpt_minutes if output and args.save_ckpt else 0
-    with Watch(minutes) as recipe.watch, closing(recipe.log_writer):  # from here on there is something to save
+    with (
+        PreemptionWatch(minutes) as recipe.watch,
+        closing(recipe.log_writer),
+    ):  # from here on there is something to save
         train_epochs(run, loaders, recipe, first_epoch, output)
     log(f"training took {format_time(time.time() - start)}")
 
@@ -681,7 +684,7 @@ def train_epochs(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: i
     saves = output and args.save_ckpt
 
     def save_midway(epoch: int, where: dict) -> bool:
-        for model in [run.backend.raw] + ([run.ema.module] if run.ema else []):
+        for model in [run.backend.unwrapped] + ([run.ema.module] if run.ema else []):
             average_batch_norm(model, run.device)  # one file for all processes
         return save(args, output, run.state(epoch - 1, where), epoch, where)
 

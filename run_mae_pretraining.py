@@ -50,7 +50,7 @@ from runtime.flags import (
 from runtime.launch import end_with_status, run_script
 from runtime.mask_pictures import mask_picture
 from runtime.outputs import closing, open_output, write_deepspeed_configs
-from runtime.preemption import GO_ON, STOP, Preempted, Watch, stop_at_once
+from runtime.preemption import GO_ON, STOP, Preempted, PreemptionWatch, stop_at_once
 from runtime.resume import find_resume, open_finetune, resume, save
 from runtime.sampler_guard import SamplerGuard
 from utils import (
@@ -433,7 +433,7 @@ def train(args) -> None:
         log(f"nothing to do: {args.epochs} epochs are finished")
         return
     start = time.time()
-    with Watch(args.save_ckpt_minutes if output else 0) as recipe.watch, closing(log_writer):
+    with PreemptionWatch(args.save_ckpt_minutes if output else 0) as recipe.watch, closing(log_writer):
         train_epochs(run, loader, recipe, first_epoch, output)
     log(f"training took {format_time(time.time() - start)}")
 

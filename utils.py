@@ -103,10 +103,10 @@ def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def agree(value, what: str) -> None:
+def check_same_on_all_ranks(value, what: str) -> None:
     """Raises UsageError on every process unless all have the same value: what one of them alone reads from its disk
     would lead them apart."""
-    values = everyone(value)
+    values = all_gather_object(value)
     if any(other != values[0] for other in values):
         raise UsageError(f"the processes see different {what} ({values}): --output_dir must be on a shared disk")
 
@@ -115,7 +115,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def everyone(value) -> list:
+def all_gather_object(value) -> list:
     """The values of all processes, by rank."""
     if not dist.is_initialized():
         return [value]
@@ -196,7 +196,7 @@ def rng_state(device: torch.device) -> list[dict]:
     state["numpy"] = (name, keys.tolist(), *rest)
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
-    return everyone(state)
+    return all_gather_object(state)
 
 
 def set_rng_state(states: list[dict], device: torch.device) -> None:

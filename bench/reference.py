@@ -41,7 +41,7 @@ def reference_steps(backend: Backend, sampler: MaskSampler, batch: dict, recipe:
         recipe.apply_schedule(backend, index // backend.accum_iter)
         _, video, seed = to_device(batch, recipe)
         hidden = sampler(video, seed).hidden()
-        with backend.autocast():
+        with backend.autocast(), backend.no_sync():
             loss = backend.module(video.transpose(1, 2), bool_masked_pos=hidden).loss
         backend.backward(loss)
         backend.step()

@@ -148,7 +148,9 @@ class Row:
 
     def state_bytes(self) -> int:
         """Of weights, buffers and optimizer states."""
-        tensors = [x for backend in self.backends for x in (*backend.raw.parameters(), *backend.raw.buffers())]
+        tensors = [
+            x for backend in self.backends for x in (*backend.unwrapped.parameters(), *backend.unwrapped.buffers())
+        ]
         states = [state for backend in self.backends for state in backend.optimizer.state.values()]
         tensors += [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
         return sum(x.nbytes for x in tensors)

@@ -22,7 +22,7 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 class Backend:
     """One module and its optimizer, in one process or under DDP. A training step is
 
-        with backend.autocast():
+        with backend.autocast(), backend.no_sync():
             loss = ... backend.module(...)
         backend.backward(loss)
         backend.step()                  # does nothing until accum_iter micro-batches are in
@@ -43,10 +43,10 @@ class Backend:
         clip_grad: float | None = None,
         compile: bool = False,
     ):
-        self.raw = module.to(device)
+        self.unwrapped = module.to(device)
         self.compile = compile
         if compile:
-            self.raw.compile(**COMPILE)
+            self.unwrapped.compile(**COMPILE)
         self.optimizer = optimizer
         self.device = device
         self.dtype = AMP_DTYPES[amp]
@@ -62,22 +62,25 @@ class Backend:
     def _wrap(self, amp: str) -> None:
         """Sets `module`, what training calls."""
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
-        self.module = self.raw
+        self.module = self.unwrapped
         if dist.is_initialized():
             self.module = DistributedDataParallel(
-                self.raw,
+                self.unwrapped,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,  # or each gradient would lie in memory twice
                 **{BUFFER_SYNC: False},  # position tables, the same everywhere
             )
 
+    def autocast(self) -> torch.autocast:
+        """Mixed precision for the forward pass."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
     @contextlib.contextmanager
-    def autocast(self):
-        """Mixed precision for the forward pass; between steps DDP keeps gradients to itself."""
+    def no_sync(self):
+        """Around the forward pass of a micro-batch: DDP keeps its gradients on the rank, but for a step's last one."""
         if isinstance(self.module, DistributedDataParallel):
             self.module.require_backward_grad_sync = (self.micro_batches + 1) % self.accum_iter == 0
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            yield
+        yield
 
     def compiled(self, function):
         """function, or its compiled form with --compile; compiled once however often this is called."""
@@ -125,19 +128,19 @@ class Backend:
                 group["weight_decay"] = weight_decay
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """The state dict of self.raw or of a part of it, whole; every process has to ask."""
+        """The state dict of self.unwrapped or of a part of it, whole; every process has to ask."""
         return module.state_dict()
 
-    def whole(self, module: nn.Module):
-        """A context in which a part of self.raw may be called by itself; every process has to enter it."""
+    def gathered(self, module: nn.Module):
+        """A context in which a part of self.unwrapped may be called by itself; every process has to enter it."""
         return contextlib.nullcontext()
 
     def replica(self) -> nn.Module:
         """A module with the current weights that each process may run on its own, as often as it likes; every process
         has to ask."""
-        return self.raw
+        return self.unwrapped
 
-    def put_away(self) -> None:
+    def offload_replica(self) -> None:
         """The replica is not needed for a while."""
 
     def state_dict(self) -> dict:

@@ -10,8 +10,8 @@ from torch import Tensor
 from optim_factory import cosine_schedule
 from runtime.backend import Backend
 from runtime.metrics import Metrics, Progress
-from runtime.preemption import SAVE, STOP, Preempted, Watch
-from utils import UsageError, append_json_line, everyone, is_main_process, log, peak_memory, total, world_size
+from runtime.preemption import SAVE, STOP, Preempted, PreemptionWatch
+from utils import UsageError, all_gather_object, append_json_line, is_main_process, log, peak_memory, total, world_size
 
 MAX_SKIPPED_IN_A_ROW = 20
 SKIPPED_STEPS = "skipped_steps.jsonl"  # in the output folder
@@ -34,7 +34,7 @@ class Recipe:
     print_freq: int = 20
     log_writer: object = None
     output: Path | None = None  # folder for skipped_steps.jsonl
-    watch: Watch | None = None  # signals and clock, while there is something to save
+    watch: PreemptionWatch | None = None  # signals and clock, while there is something to save
     save: Callable[[int, dict], bool] | None = None  # (epoch, where in it) -> written; called by all processes
     midway: dict | None = None  # where in its first epoch a resumed run stands, see EpochRunner.where
 
@@ -147,7 +147,7 @@ class EpochRunner:
             for entry, loss, indices in zip(window, losses, videos, strict=True)
             if entry[0] in bad
         ]
-        reports = [entry | {"rank": rank} for rank, entries in enumerate(everyone(mine)) for entry in entries]
+        reports = [entry | {"rank": rank} for rank, entries in enumerate(all_gather_object(mine)) for entry in entries]
         culprits = [entry for entry in reports if entry["loss"] in ("nan", "inf", "-inf")] or reports
         log(
             f"warning: {len(bad)} step(s) skipped, their loss or gradient was not finite"

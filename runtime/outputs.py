@@ -15,7 +15,7 @@ from runtime.zero import DeepSpeedBackend
 from utils import UsageError, is_main_process, log, write_run_description
 
 
-class Curves:
+class SummaryWriter:
     """tensorboard's file of scalars in a folder, written by the training process itself: the thread of tensorboardX's
     SummaryWriter dies of a full disk, and training then waits for it forever. Here a full disk ends the curves with a
     warning. Raises ImportError, OSError."""
@@ -65,12 +65,12 @@ class Curves:
             self.file = None
 
 
-def closing(curves: Curves | None):
+def closing(curves: SummaryWriter | None):
     """A context that closes them where there are any."""
     return contextlib.nullcontext() if curves is None else contextlib.closing(curves)
 
 
-def open_output(args, description: str = "args.json") -> tuple[Path | None, Curves | None]:
+def open_output(args, description: str = "args.json") -> tuple[Path | None, SummaryWriter | None]:
     """The main process makes --output_dir, writes the description of the run there, and opens --log_dir.
 
     Returns: the output folder, or None; tensorboard's curves, or None. Raises UsageError.
@@ -87,7 +87,7 @@ def open_output(args, description: str = "args.json") -> tuple[Path | None, Curv
     if not args.log_dir:
         return output, None
     try:
-        return output, Curves(args.log_dir)
+        return output, SummaryWriter(args.log_dir)
     except ImportError:
         raise UsageError("--log_dir needs tensorboardX: pip install tensorboardX, or leave the flag out") from None
     except OSError as error:

@@ -40,7 +40,7 @@ def stop_at_once(saves: bool) -> None:
         set_handlers(dict.fromkeys(SIGNALS, stop))
 
 
-class Watch:
+class PreemptionWatch:
     """A context in which SIGTERM and SIGUSR1 do not kill but are remembered, and a clock that asks for saves.
 
     One process may get a signal earlier than another, and all have to save the same step: decide() is called by all

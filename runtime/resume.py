@@ -22,7 +22,7 @@ from runtime.checkpoint import (
     set_aside_later,
 )
 from runtime.flags import SWITCH
-from utils import UsageError, agree, everyone, is_main_process, log
+from utils import UsageError, all_gather_object, check_same_on_all_ranks, is_main_process, log
 
 # Flags that may change between a run and its resume without changing what is computed.
 FREE_ON_RESUME = {
@@ -50,9 +50,9 @@ def find_resume(args) -> tuple[Path, dict] | None:
                 raise CheckpointError(f"{args.resume}: no checkpoint-N.pth in this folder to go on from")
         elif not own:
             found = Path(args.resume), load_run(args.resume)
-        agree(str(found[0]), "checkpoints to go on from")
+        check_same_on_all_ranks(str(found[0]), "checkpoints to go on from")
         return found
-    agree(found and str(found[0]), "checkpoints to go on from")
+    check_same_on_all_ranks(found and str(found[0]), "checkpoints to go on from")
     if found is None:
         return None
     source = saved_args(found[1], found[0]).get("finetune", "")
@@ -67,7 +67,7 @@ def find_resume(args) -> tuple[Path, dict] | None:
 def open_finetune(args, last_resort: str = "") -> tuple[Path, dict]:
     """open_checkpoint of --finetune, the same on every process. Raises CheckpointError, UsageError."""
     path, state = open_checkpoint(args.finetune, last_resort)
-    agree(str(path), "checkpoints to start from")
+    check_same_on_all_ranks(str(path), "checkpoints to start from")
     return path, state
 
 
@@ -167,7 +167,7 @@ def save(args, output: Path, state: dict, epoch: int, where: dict | None = None,
     the one before.
     """
     problem, diverged = "", is_main_process() and not is_finite(state)
-    if everyone(diverged)[0]:
+    if all_gather_object(diverged)[0]:
         raise UsageError(
             f"weights that are not finite in epoch {epoch}, no checkpoint is written: lower --lr or --tats_lr, set "
             "--clip_grad, and start again; with the last checkpoint where there is one"
@@ -182,7 +182,7 @@ def save(args, output: Path, state: dict, epoch: int, where: dict | None = None,
                 prune_checkpoints(output, args.save_ckpt_freq, args.keep_last)
             except OSError as error:
                 log(f"warning: {error.filename} is no longer needed and cannot be deleted ({error.strerror})")
-    problem = everyone(problem)[0]
+    problem = all_gather_object(problem)[0]
     if problem and must:
         raise UsageError(f"{problem}. Put that right, and start the same command again")
     if problem:

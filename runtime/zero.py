@@ -167,7 +167,7 @@ class DeepSpeedBackend(Backend):
                   for g in self.optimizer.param_groups]  # fmt: skip
         try:
             self.module, _, _, _ = deepspeed.initialize(
-                model=self.raw, model_parameters=groups, config=self.config, dist_init_required=False
+                model=self.unwrapped, model_parameters=groups, config=self.config, dist_init_required=False
             )
         except Exception as error:  # compilers fail in many ways
             if self.config["optimizer"]["params"]["torch_adam"]:
@@ -202,7 +202,7 @@ class DeepSpeedBackend(Backend):
         elif bad:  # DeepSpeed's Adam passes over parameters without a gradient
             self.optimizer.zero_grad()
 
-    def whole(self, module: nn.Module):
+    def gathered(self, module: nn.Module):
         if self.stage < 3:
             return contextlib.nullcontext()
         return import_deepspeed().zero.GatheredParameters(list(module.parameters()))
@@ -210,16 +210,16 @@ class DeepSpeedBackend(Backend):
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         if self.stage < 3:
             return module.state_dict()
-        with self.whole(module):
+        with self.gathered(module):
             return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
     def replica(self) -> nn.Module:
         if self.stage < 3:
-            return self.raw
-        self._replica.load_state_dict(self.weights(self.raw))
+            return self.unwrapped
+        self._replica.load_state_dict(self.weights(self.unwrapped))
         return self._replica.to(self.device)
 
-    def put_away(self) -> None:
+    def offload_replica(self) -> None:
         if self._replica is not None:
             self._replica.cpu()
 

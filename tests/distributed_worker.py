@@ -22,7 +22,7 @@ import run_mae_pretraining
 from runtime.epoch import EpochRunner
 from runtime.preemption import Preempted
 from runtime.zero import DeepSpeedBackend
-from utils import everyone
+from utils import all_gather_object
 
 torch.set_num_threads(1)
 one_group = dist.init_process_group
@@ -44,7 +44,7 @@ def last_process() -> bool:
 def watch_step(runner, index, step, lr, loss, complete):
     losses.setdefault(step, []).append(float(loss))
     if isinstance(runner.backend, DeepSpeedBackend) and runner.backend.stage == 3:
-        partitioned.append(sum(p.numel() == 0 for p in runner.backend.raw.parameters()))
+        partitioned.append(sum(p.numel() == 0 for p in runner.backend.unwrapped.parameters()))
     if step == case.get("stop_at") and last_process():
         runner.recipe.watch.signal = "SIGTERM"
     end_micro_batch(runner, index, step, lr, loss, complete)
@@ -83,11 +83,11 @@ def main() -> None:
         if "then" in case:
             case.pop("stop_at", None)
             ends.append(train(case["then"]))
-        everywhere = everyone(losses)
+        everywhere = all_gather_object(losses)
         merged = {step: [loss for rank in everywhere for loss in rank[step]] for step in losses}
         results[case["name"]] = {
             "losses": {step: sum(values) / len(values) for step, values in merged.items()},
-            "ends": everyone(ends),
+            "ends": all_gather_object(ends),
             "partitioned": max(partitioned, default=0),
         }
     if not dist.is_initialized() or dist.get_rank() == 0:

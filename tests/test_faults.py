@@ -16,7 +16,7 @@ import tests.test_run_finetuning as finetuning
 from datasets.build import _start_worker
 from runtime.checkpoint import CheckpointError, checkpoint_files, latest_checkpoint, save_checkpoint
 from runtime.launch import run_script
-from runtime.outputs import Curves
+from runtime.outputs import SummaryWriter
 from tests.test_run_pretraining import command, read_log, run_here, shapes  # noqa: F401  shapes is a fixture
 from utils import drop_epochs_from, replace_text
 
@@ -60,8 +60,8 @@ def test_training_goes_on_without_curves_where_log_dir_is_full(shapes, tmp_path,
     output = capsys.readouterr().out
     assert output.count("warning: --log_dir") == 1 and os.strerror(errno.ENOSPC) in output
     assert len(read_log(tmp_path)) == 2
-    monkeypatch.setattr(Curves, "FLUSH_SECONDS", 1e9)
-    curves = Curves(str(tmp_path / "curves"))
+    monkeypatch.setattr(SummaryWriter, "FLUSH_SECONDS", 1e9)
+    curves = SummaryWriter(str(tmp_path / "curves"))
     for step in range(1000):  # more than the file's buffer
         curves.add_scalar("train/loss", 1.0, step)
     curves.close()

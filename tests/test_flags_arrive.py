@@ -145,7 +145,7 @@ def pretraining(flags: str, folder: Path, monkeypatch) -> Seen:
     watch_seeds(run_mae_pretraining, seeds, monkeypatch)
     flags = f"--data_path {folder / 'train.csv'} --model pretrain_videomae_tiny_patch8_64 {flags}"
     seen = until_the_first_epoch(run_mae_pretraining.main, flags, PRETRAINING_EPOCHS, monkeypatch)
-    mae = getattr(seen.backend.raw, "mae", seen.backend.raw)
+    mae = getattr(seen.backend.unwrapped, "mae", seen.backend.unwrapped)
     seen.update(mae=mae, encoder=mae.encoder, blocks=mae.encoder.blocks, embed=mae.encoder.patch_embed, seeds=seeds,
                 transform=seen.loader.dataset.transforms[0])  # fmt: skip
     return seen
@@ -159,18 +159,18 @@ TATS_FLAGS = (
     "--normalize_advantage --crop random_resized"
 )
 TATS_ROWS = SHARED_ROWS | {
-    "mask_type": (lambda s: type(s.tats.raw).__name__, "TATS"),
+    "mask_type": (lambda s: type(s.tats.unwrapped).__name__, "TATS"),
     "decoder_depth": (lambda s: len(s.mae.decoder.blocks), 2),
-    "mask_ratio": (lambda s: s.tats.raw.num_visible, 6),  # 4 frames of 2 x 2 tokens
-    "decoder_mask_ratio": (lambda s: s.tats.raw.decoder_mask_ratio, 0.3),
+    "mask_ratio": (lambda s: s.tats.unwrapped.num_visible, 6),  # 4 frames of 2 x 2 tokens
+    "decoder_mask_ratio": (lambda s: s.tats.unwrapped.decoder_mask_ratio, 0.3),
     "loss": (lambda s: s.recipe.loss, "l1"),
     "normalize_target": (lambda s: s.recipe.normalize_target, False),
-    "tats_attention": (lambda s: [b.attn.approx for b in s.tats.raw.blocks], ["none"] * 2),
-    "tats_blocks": (lambda s: len(s.tats.raw.blocks), 2),
-    "num_landmarks": (lambda s: [b.attn.num_landmarks for b in s.tats.raw.blocks], [17] * 2),
-    "landmark_gradient": (lambda s: [b.attn.landmark_gradient for b in s.tats.raw.blocks], [True] * 2),
-    "softmax_temp": (lambda s: s.tats.raw.temperature, 0.5),
-    "tats_logit_cap": (lambda s: s.tats.raw.logit_cap, 2.5),
+    "tats_attention": (lambda s: [b.attn.approx for b in s.tats.unwrapped.blocks], ["none"] * 2),
+    "tats_blocks": (lambda s: len(s.tats.unwrapped.blocks), 2),
+    "num_landmarks": (lambda s: [b.attn.num_landmarks for b in s.tats.unwrapped.blocks], [17] * 2),
+    "landmark_gradient": (lambda s: [b.attn.landmark_gradient for b in s.tats.unwrapped.blocks], [True] * 2),
+    "softmax_temp": (lambda s: s.tats.unwrapped.temperature, 0.5),
+    "tats_logit_cap": (lambda s: s.tats.unwrapped.logit_cap, 2.5),
     "tats_lr": (lambda s: group_values(s.tats, "lr"), [0.00021]),
     "tats_eps": (lambda s: group_values(s.tats, "eps"), [1e-9]),
     "tats_start_epoch": (lambda s: "tats" in s, True),
@@ -190,7 +190,7 @@ TATS_ASIDE = {
     "weight_decay": (lambda s: group_values(s.tats, "weight_decay"), [0.0, 0.2]),
     "opt_betas": (lambda s: group_values(s.tats, "betas"), [(0.7, 0.97)]),
     "amp": (lambda s: s.tats.dtype, None),  # several evaluations of the policy: their ratio would be rounding
-    "checkpoint": (lambda s: [b.use_checkpoint for b in s.tats.raw.blocks], [True] * 2),
+    "checkpoint": (lambda s: [b.use_checkpoint for b in s.tats.unwrapped.blocks], [True] * 2),
 }
 OTHER_PRETRAINING = {
     "adamae_coef": ("--mask_type adamae --adamae_coef 0.02", lambda s: s.adamae_coef, 0.02),
@@ -273,7 +273,7 @@ def finetuning(flags: str, folder: Path, monkeypatch) -> Seen:
     monkeypatch.setattr(run_class_finetuning, "build_evaluation_loader", build)
     flags = f"--data_path {folder} --model vit_tiny_patch8_64 {flags}".replace("FOLDER", str(folder))
     seen = until_the_first_epoch(run_class_finetuning.main, flags, FINETUNING_EPOCHS, monkeypatch)
-    model = seen.backend.raw
+    model = seen.backend.unwrapped
     encoder = getattr(model, "encoder", model)
     seen.update(model=model, encoder=encoder, blocks=encoder.blocks, embed=encoder.patch_embed, seeds=seeds,
                 transform=seen.loader.dataset.transforms[-1], first=seen.loader.dataset.transforms[0],

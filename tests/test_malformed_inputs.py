@@ -945,7 +945,7 @@ def test_weights_that_are_not_finite_get_into_no_checkpoint(shapes, tmp_path, mo
     def diverge(module, real):
         def train(backend, *args, **kwargs):
             stats = real(backend, *args, **kwargs)
-            next(backend.raw.parameters()).data.fill_(math.nan)
+            next(backend.unwrapped.parameters()).data.fill_(math.nan)
             return stats
 
         monkeypatch.setattr(module, "train_one_epoch", train)

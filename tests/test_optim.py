@@ -158,7 +158,7 @@ def make_backend(opt="sgd", lr=0.1, **kwargs):
 def snapshot(backend):
     """Weights, and everything the optimizer remembers."""
     state = [x for s in backend.optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
-    return [x.detach().clone() for x in [*backend.raw.parameters(), *state]]
+    return [x.detach().clone() for x in [*backend.unwrapped.parameters(), *state]]
 
 
 def assert_same(first, second, equal=True):
@@ -184,7 +184,7 @@ def test_three_micro_batches_equal_one_large_batch(opt):
         assert_same(snapshot(parts), before)
         assert train(parts, batch[4:6])
         assert whole.grad_norm.item() == pytest.approx(parts.grad_norm.item(), rel=1e-5)
-        for a, b in zip(whole.raw.parameters(), parts.raw.parameters(), strict=True):
+        for a, b in zip(whole.unwrapped.parameters(), parts.unwrapped.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
             assert a.grad is None and b.grad is None
 
@@ -193,14 +193,14 @@ def test_three_micro_batches_equal_one_large_batch(opt):
 def test_clipping_equals_torchs(clip_grad):
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
     backend = make_backend(clip_grad=clip_grad)
-    model = copy.deepcopy(backend.raw)
+    model = copy.deepcopy(backend.unwrapped)
     (model(x) - 1).square().mean().backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
     assert 0.01 < norm < 100
     torch.optim.SGD(parameter_groups(model, 0.01), lr=0.1, momentum=0.9, nesterov=True).step()
     train(backend, x)
     assert backend.grad_norm.item() == pytest.approx(norm.item())  # before clipping
-    for a, b in zip(backend.raw.parameters(), model.parameters(), strict=True):
+    for a, b in zip(backend.unwrapped.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -245,7 +245,7 @@ def test_mixed_precision_keeps_float32_weights(amp, dtype):
     for _ in range(5):
         train(backend, x)
         train(exact, x)
-    for a, b in zip(backend.raw.parameters(), exact.raw.parameters(), strict=True):
+    for a, b in zip(backend.unwrapped.parameters(), exact.unwrapped.parameters(), strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0, atol=5e-3)
 
@@ -291,7 +291,7 @@ def test_training_continues_from_a_saved_state_as_if_never_stopped(amp):
         train(whole, batch)
     for batch in x[:3]:
         train(first, batch)
-    second.raw.load_state_dict(first.raw.state_dict())
+    second.unwrapped.load_state_dict(first.unwrapped.state_dict())
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for batch in x[3:]:
         train(second, batch)

@@ -16,7 +16,7 @@ from runtime import preemption
 from runtime.checkpoint import checkpoint_files, latest_checkpoint, prune_checkpoints
 from runtime.epoch import EpochRunner
 from runtime.metrics import Metrics
-from runtime.preemption import GO_ON, SAVE, SIGNALS, STOP, Watch, set_handlers
+from runtime.preemption import GO_ON, SAVE, SIGNALS, STOP, PreemptionWatch, set_handlers
 from utils import append_json_line
 
 FLAGS = [
@@ -220,7 +220,7 @@ def test_the_newest_by_place_and_what_is_pruned(tmp_path):
 
 
 def test_one_process_decides_at_once():
-    watch = Watch(save_minutes=0)
+    watch = PreemptionWatch(save_minutes=0)
     assert watch.decide() == watch.decide_now() == GO_ON
     watch.save_seconds = 1e-9
     assert watch.decide() == watch.decide_now() == SAVE
@@ -237,7 +237,7 @@ def test_all_clocks_start_again_when_one_has_asked(monkeypatch):
 
     asked = []
     monkeypatch.setattr(preemption.dist, "all_reduce", lambda flag, *_, **__: asked.append(int(flag)) or Work())
-    watch = Watch(save_minutes=1)
+    watch = PreemptionWatch(save_minutes=1)
     watch.group = object()
     watch.started -= 1000  # due here too
     watch.pending = (Work(), torch.tensor([SAVE]))  # another process was first

@@ -17,7 +17,7 @@ import torch
 from datasets.moving_shapes import write_dataset
 from run_mae_pretraining import SAMPLERS, build_mae, build_sampler, get_parser, main
 from runtime.launch import run_script
-from runtime.outputs import Curves
+from runtime.outputs import SummaryWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -381,7 +381,7 @@ def test_a_loader_process_that_dies_is_one_line(error):
 @pytest.mark.parametrize("mask_type", ["tube", "adamae", "tats"])
 def test_pictures_of_masks_do_not_change_the_run(shapes, tmp_path, mask_type, monkeypatch):
     drawn = []
-    monkeypatch.setattr(Curves, "add_image", lambda self, name, picture, step: drawn.append((picture, step)))
+    monkeypatch.setattr(SummaryWriter, "add_image", lambda self, name, picture, step: drawn.append((picture, step)))
     logs = []
     for freq in ("0", "1"):
         folder = tmp_path / freq
