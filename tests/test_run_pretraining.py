@@ -289,7 +289,7 @@ def flags_read(other_scripts: tuple[str, ...]) -> set[str]:
     files = [path for path in ROOT.glob("*.py") if path.name not in other_scripts]
     return {
         node.attr
-        for path in [*files, *(ROOT / "datasets").glob("*.py")]
+        for path in [*files, *(ROOT / "datasets").glob("*.py"), *(ROOT / "runtime").glob("*.py")]
         for function in ast.walk(ast.parse(path.read_text()))
         if isinstance(function, ast.FunctionDef | ast.Assign) and getattr(function, "name", "") != "check_flags"
         for node in ast.walk(function)
