@@ -144,6 +144,7 @@ def test_tats_engine_is_algorithm_1(rollout, passes, accum_iter, normalize):
     start = copy.deepcopy(tats2.actor.weight)
     loss = naive_tats(mae2, tats2, Batches().batches, settings, accum_iter)
     assert stats["loss"] == pytest.approx(loss, rel=1e-4)
+    assert stats["reward"] == pytest.approx(loss, rel=1e-4)
     assert not torch.allclose(start, tats2.actor.weight, atol=1e-3)
     assert_same_weights(mae, mae2)
     assert_same_weights(tats, tats2)
@@ -192,6 +193,7 @@ def test_adamae_engine_is_one_joint_loss():
         optimizer.step()
         optimizer.zero_grad()
     assert stats["loss"] == pytest.approx(total, rel=1e-4)
+    assert stats["reward"] == pytest.approx(total, rel=1e-4)  # the mean error of the masked tokens
     assert_same_weights(joint, reference)
 
 

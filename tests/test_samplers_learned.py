@@ -114,6 +114,12 @@ def test_tats_starts_exactly_uniform(attention):
     assert ppo.entropy(mask.log_prob).item() == pytest.approx(math.log(NUM_TOKENS), rel=1e-6)
 
 
+def test_the_critic_starts_at_zero():
+    """A random last layer would differ from clip to clip by more than the rewards do (docs/LOG.md)."""
+    mask = make_tats()(None, None, make_tokens())
+    assert torch.equal(mask.value, torch.zeros(len(mask.value)))
+
+
 def test_the_actor_can_leave_the_uniform_start():
     tats = make_tats()
     tats(None, torch.arange(2), make_tokens()).log_prob[:, 0].sum().backward()
