@@ -11,6 +11,13 @@ from torch import Tensor
 
 
 @triton.jit
+def _tokens(q, row, column, stride_token, num_tokens, dim):
+    """float32 [BLOCK, DIM], zero beyond the last token and the last column; offsets in 64 bits."""
+    mask = (row < num_tokens)[:, None] & (column < dim)[None, :]
+    return tl.load(q + row[:, None].to(tl.int64) * stride_token + column[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _search(q, stride_head, stride_token, inverse, similarity, index, num_tokens, num_landmarks, dim,
             DIM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """q [heads, num_tokens, dim] with unit stride in dim; inverse, similarity float32 [heads, num_tokens]; index int64
@@ -25,12 +32,7 @@ def _search(q, stride_head, stride_token, inverse, similarity, index, num_tokens
     for start in range(0, num_tokens, BLOCK):  # 1 / norm, and nothing similar yet
         row = start + tl.arange(0, BLOCK)
         kept = row < num_tokens
-        x = tl.load(
-            q + row[:, None].to(tl.int64) * stride_token + column[None, :],
-            mask=kept[:, None] & inside[None, :],
-            other=0.0,
-        )
-        x = x.to(tl.float32)
+        x = _tokens(q, row, column, stride_token, num_tokens, dim)
         norm = tl.sqrt(tl.sum(x * x, axis=1))
         tl.store(inverse + row, 1.0 / tl.maximum(norm, 1e-12), mask=kept)  # as F.normalize
         tl.store(similarity + row, tl.zeros([BLOCK], tl.float32), mask=kept)
@@ -45,12 +47,8 @@ def _search(q, stride_head, stride_token, inverse, similarity, index, num_tokens
         for start in range(0, num_tokens, BLOCK):
             row = start + tl.arange(0, BLOCK)
             kept = row < num_tokens
-            x = tl.load(
-                q + row[:, None].to(tl.int64) * stride_token + column[None, :],
-                mask=kept[:, None] & inside[None, :],
-                other=0.0,
-            )
-            cosine = tl.sum(x.to(tl.float32) * latest[None, :], axis=1) * tl.load(inverse + row, mask=kept, other=0.0)
+            x = _tokens(q, row, column, stride_token, num_tokens, dim)
+            cosine = tl.sum(x * latest[None, :], axis=1) * tl.load(inverse + row, mask=kept, other=0.0)
             largest = tl.load(similarity + row, mask=kept, other=float("inf"))
             largest = tl.maximum(largest, tl.abs(cosine))
             largest = tl.where(row == pick, float("inf"), largest)  # equal queries are not picked twice

@@ -155,7 +155,7 @@ def main() -> int:
     parser.add_argument("--dry_run", action="store_true", help="on the CPU at a tiny size, into output/gpu")
     parser.add_argument("--again", action="store_true", help="also what has succeeded before")
     parser.add_argument("--output", help="folder of GPU.md and gpu.json (docs)")
-    parser.add_argument("--minutes", type=float, default=9, help="no job goes on longer than this (9)")
+    parser.add_argument("--minutes", type=float, default=9, help="stops a job after so many minutes in all (9)")
     flags = parser.parse_args()
     if not flags.dry_run and not torch.cuda.is_available():
         print(
