@@ -2,7 +2,7 @@
 # Without an active environment each target makes .venv once and installs requirements.txt into it.
 # An active virtual or conda environment is used as it is; PYTHON=/path/to/python overrides both.
 # VENV=.venv-3.13 BASE_PYTHON=python3.13 make a second environment beside it, of another Python.
-# TESTS="tests/test_ppo.py" runs some of the tests.
+# TESTS="tests/unit/test_ppo.py" runs some of the tests.
 VENV ?= .venv
 BASE_PYTHON ?= python3
 ifdef PYTHON

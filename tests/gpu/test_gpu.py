@@ -26,7 +26,7 @@ import engine_for_finetuning
 import trajectory_attention
 from optim_factory import create_optimizer, parameter_groups
 from runtime.backend import Backend
-from tests.test_without_gpu import ENGINES, TATS, TINY, classifier, clips, parse
+from tests.helpers.engines import ENGINES, TATS, TINY, classifier, clips, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))

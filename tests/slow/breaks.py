@@ -58,7 +58,11 @@ def try_break(number: int, chosen: Break, tests: str) -> tuple[bool, str]:
         if text.count(chosen.old) != 1:
             return False, f"{what}: occurs {text.count(chosen.old)} times, correct breaks.txt"
         file.write_text(text.replace(chosen.old, chosen.new))
-        found = ["tests"] if tests == "all" else [f"tests/test_{name}.py" for name in chosen.tests.split()]
+        found = (
+            ["tests"]
+            if tests == "all"
+            else [str(path) for name in chosen.tests.split() for path in copy.glob(f"tests/*/test_{name}.py")]
+        )
         begin = time.time()
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *found]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -1,0 +1,126 @@
+"""The picture script on small checkpoints."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import run_mae_pretraining
+import run_mae_vis
+from datasets.moving_shapes import write_dataset
+from tests.helpers.runs import TINY
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder with a tats, an adamae and a tube checkpoint and small clips."""
+    folder = tmp_path_factory.mktemp("vis")
+    shapes = write_dataset(folder / "shapes", train=10, val=10, size=32, frames=12)
+    for mask_type in ("tats", "adamae", "tube"):
+        run_mae_pretraining.main(
+            ["--data_path", str(shapes / "train.csv"), *TINY, "--mask_type", mask_type, "--epochs", "1",
+             "--tats_start_epoch", "0", "--output_dir", str(folder / mask_type), "--no-pin_mem"]
+        )  # fmt: skip
+    return folder
+
+
+def test_figure_rows_follow_the_paper(trained):
+    vis = run_mae_vis.Trained(str(trained / "tats/checkpoint-0.pth"), [])
+    clip = run_mae_vis.read_clip(str(next((trained / "shapes/videos").glob("*.mp4"))), vis.args)
+    rows, title = run_mae_vis.rows_of(vis, clip, top_k=False)
+    labels = [label.split("\n")[0] for label, _, _ in rows]
+    assert labels == ["frames", "reconstruction", "error", "sampling probability", "tats mask"]
+    assert "added back" in rows[1][0] and "motion lift" in title
+    frames, reconstruction, error, probability, masked = (row[1] for row in rows)
+    assert frames.shape == (2, 32, 32, 3) and error.shape == probability.shape == (2, 4, 4)
+    assert np.isnan(error).sum() == vis.sampler.num_visible
+    assert probability.mean() == pytest.approx(1, abs=1e-5)
+    visible = np.isnan(error).repeat(8, 1).repeat(8, 2)
+    assert np.allclose(frames[visible], reconstruction[visible], atol=1e-6)  # what the encoder saw is shown as it is
+    assert np.allclose(masked[visible], frames[visible], atol=1e-6)
+    assert np.allclose(masked[~visible], 0.12 * frames[~visible], atol=1e-6)
+
+
+def test_reconstruction_of_raw_targets_has_no_statistics_added_back(trained):
+    vis = run_mae_vis.Trained(str(trained / "tube/checkpoint-0.pth"), ["--no-normalize_target"])
+    clip = run_mae_vis.read_clip(str(next((trained / "shapes/videos").glob("*.mp4"))), vis.args)
+    rows, _ = run_mae_vis.rows_of(vis, clip, top_k=False)
+    assert [label for label, _, _ in rows][1] == "reconstruction"
+    assert len(rows) == 4  # a tube mask has no probabilities to show
+
+
+def test_pictures_of_a_list_with_a_second_mask(trained, capsys):
+    output = trained / "pictures"
+    run_mae_vis.main(
+        ["--model_path", str(trained / "tats/checkpoint-0.pth"),
+         "--compare_path", str(trained / "adamae/checkpoint-0.pth"),
+         "--data_path", str(trained / "shapes/val.csv"), "--num_videos", "2", "--output_dir", str(output)]
+    )  # fmt: skip
+    pictures = sorted(output.glob("*.png"))
+    assert len(pictures) == 2 and str(pictures[0]) in capsys.readouterr().out
+    assert Image.open(pictures[0]).size[0] > 300
+
+
+def test_videomae_checkpoint_with_a_namespace_is_drawn(trained, tmp_path):
+    state = torch.load(trained / "tube/checkpoint-0.pth", weights_only=True)
+    torch.save({"model": state["model"], "args": argparse.Namespace(**state["args"])}, tmp_path / "videomae.pth")
+    video = str(next((trained / "shapes/videos").glob("*.mp4")))
+    run_mae_vis.main(["--model_path", str(tmp_path / "videomae.pth"), "--videos", video, "--output_dir", str(tmp_path)])
+    assert list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "flags,part",
+    [
+        (["--model_path", "no.pth"], "no such checkpoint"),
+        (["--model_path", "TUBE", "--mask_type", "tats"], "no tats sampler"),
+        (["--model_path", "TUBE"], "--videos"),
+        (["--model_path", "TUBE", "--videos", "no.mp4"], "no such file"),
+        (["--model_path", "TUBE", "--data_path", "no.csv"], "no such list"),
+    ],
+)
+def test_bad_input_is_one_clear_error(trained, flags, part, tmp_path):
+    flags = [str(trained / "tube/checkpoint-0.pth") if flag == "TUBE" else flag for flag in flags]
+    with pytest.raises(SystemExit) as stop:
+        run_mae_vis.main([*flags, "--output_dir", str(tmp_path)])
+    assert str(stop.value).startswith("error: ") and part in str(stop.value)
+
+
+def clip_of(trained, name):
+    vis = run_mae_vis.Trained(str(trained / name / "checkpoint-0.pth"), [])
+    return vis, run_mae_vis.read_clip(str(next((trained / "shapes/videos").glob("*.mp4"))), vis.args)
+
+
+def test_attention_is_drawn_over_the_frames_and_the_token_outlined(trained):
+    vis, clip = clip_of(trained, "tats")
+    label, shown, colours = run_mae_vis.attention_row(vis, clip, [1, 2, 3])
+    assert "(frame 1, 2, 3)" in label and shown.shape == (2, 32, 32, 3) and colours is None
+    outline = (shown == (0, 1, 1)).all(axis=-1)
+    assert outline[1, 16, 24:32].all() and outline[1, 16:24, 31].all() and outline.sum() == 28
+    _, video = run_mae_vis.normalize(clip.unsqueeze(0), vis.mean, vis.std)
+    moving = int(run_mae_vis.motion_energy(video, vis.mae.grid).argmax())
+    assert f"(frame {moving // 16}, {moving % 16 // 4}, {moving % 4})" in run_mae_vis.attention_row(vis, clip, None)[0]
+
+
+def test_attention_errors_are_said(trained):
+    vis, clip = clip_of(trained, "tats")
+    with pytest.raises(run_mae_vis.UsageError, match="--token 2 0 0: the grid has 2 x 4 x 4"):
+        run_mae_vis.attention_row(vis, clip, [2, 0, 0])
+    with pytest.raises(run_mae_vis.UsageError, match="adamae, which has no trajectory attention"):
+        run_mae_vis.attention_row(*clip_of(trained, "adamae"), None)
+
+
+def test_everything_in_one_figure_and_an_animation(trained, tmp_path):
+    run_mae_vis.main(
+        ["--model_path", str(trained / "tats"), "--compare_path", str(trained / "adamae"), "--num_videos", "1",
+         "--data_path", str(trained / "shapes/val.csv"), "--output_dir", str(tmp_path), "--attention", "--gif"]
+    )  # fmt: skip
+    (gif,) = tmp_path.glob("*.gif")
+    assert gif.with_suffix(".png").is_file()
+    with Image.open(gif) as animation:
+        assert (animation.n_frames, animation.size) == (4, (4 * (3 * 32 + 2 * 2), 128))
+        still = np.asarray(animation.convert("RGB"), dtype=float)
+    video, masked = still[:, :128], still[:, 4 * 34 : 4 * 66]
+    assert masked.mean() < 0.5 * video.mean()

@@ -1,0 +1,120 @@
+"""Sweeps of scripts/compare and scripts/ablations: their units, and one small sweep, killed and gone on with."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from datasets.moving_shapes import write_dataset
+from run_mae_pretraining import check_flags, get_parser
+from tests.helpers.runs import ROOT
+from tools import paper_tables
+
+COMPARE, ABLATIONS = ROOT / "scripts/compare", ROOT / "scripts/ablations"
+
+
+def sweep(path: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    own = ("DATA_PATH", "MODEL_PATH", "GPUS", "SCALE", "EPOCHS", "SEEDS", "SLURM_ARRAY_TASK_ID")
+    env = {name: value for name, value in os.environ.items() if name not in own} | environment
+    return subprocess.run(["bash", str(path), *flags], env=env, capture_output=True, text=True, timeout=300)
+
+
+def units(path: Path, **environment: str) -> list[list[str]]:
+    result = sweep(path, LIST="1", **environment)
+    assert result.returncode == 0, result.stderr
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+def test_every_block_of_the_papers_ablations_has_a_script():
+    names = {path.stem for path in ABLATIONS.glob("*.sh")}
+    assert names == {"attention", "decoder_depth", "loss", "tats_blocks", "rollout", "coefficients"}
+
+
+def test_table1_is_every_method_at_every_ratio_with_every_seed():
+    found = units(COMPARE / "table1.sh", DATA_SET="ssv2", DATA_PATH="lists", METHODS="tube tats", SEEDS="0 1")
+    assert len(found) == 2 * 3 * 2 and len({words[0] for words in found}) == 12
+    assert {tuple(words[1:]) for words in found} == {
+        (method, ratio, seed) for method in ("tube", "tats") for ratio in ("0.85", "0.9", "0.95") for seed in "01"
+    }
+
+
+@pytest.mark.parametrize("path", sorted(ABLATIONS.glob("*.sh")), ids=lambda p: p.stem)
+def test_ablations_have_the_papers_rows_and_flags_that_exist(path):
+    rows = set()
+    table = re.search(r"--paper (table\d)", path.read_text())[1]
+    by = re.search(r"--by ([a-z_ ]+) --paper", path.read_text())[1].split()
+    for name, method, ratio, _, *flags in units(path, DATA_PATH="lists"):
+        args = get_parser().parse_args(["--mask_type", method, "--mask_ratio", ratio, *flags])
+        check_flags(args)
+        row = tuple(getattr(args, flag) for flag in by)
+        assert row not in rows, name
+        rows.add(row)
+    assert {values for values, _, _ in paper_tables.reported(table, tuple(by), "UCF101")} <= rows
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        (dict(DATA_SET="ssv2"), "set DATA_PATH to a folder"),
+        (dict(DATA_SET="imagenet", DATA_PATH="x"), "DATA_SET=imagenet: no scripts/imagenet/finetune.sh"),
+        (dict(DATA_SET="ssv2", DATA_PATH="x", SLURM_ARRAY_TASK_ID="99"), "use --array=0-8"),
+        (
+            dict(DATA_SET="ssv2", DATA_PATH="x", SLURM_ARRAY_TASK_ID="0", METHODS="block"),
+            "METHODS=block: choose",
+        ),
+    ],
+)
+def test_settings_that_make_no_sense_are_said(environment, message, tmp_path):
+    result = sweep(COMPARE / "table1.sh", OUTPUT_DIR=str(tmp_path), **environment)
+    assert result.returncode == 2 and message in result.stderr
+    result = sweep(COMPARE / "table2.sh", DATA_SET="ssv2", DATA_PATH="x")
+    assert result.returncode == 2 and "set TO_SET" in result.stderr
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
+    shapes = write_dataset(tmp_path / "shapes", train=20, val=20, size=32, frames=16)
+    (shapes / "right_left").mkdir()
+    for split in ("train", "val"):
+        lines = [line for line in (shapes / f"{split}.csv").read_text().splitlines() if line[-2:] in (" 0", " 1")]
+        (shapes / "right_left" / f"{split}.csv").write_text("".join(f"../{line}\n" for line in lines))
+    out = tmp_path / "out"
+    environment = dict(DATA_PATH=str(shapes), OUTPUT_DIR=str(out), METHODS="random", PRETRAIN_EPOCHS="2",
+                       EVALUATIONS="linear_probe", PROBE_EPOCHS="1", TATS_START_EPOCH="1", NUM_WORKERS="0", JOBS="1",
+                       BATCH_SIZE="4", OMP_NUM_THREADS="1")  # fmt: skip
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(["bash", str(COMPARE / "embedded.sh")], env=os.environ | environment, **quiet)
+    first = out / "random-ratio0.75-seed0/pretrain/checkpoint-1.pth"
+    deadline = time.monotonic() + 120
+    while not first.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    written = first.stat().st_mtime_ns
+    result = sweep(COMPARE / "embedded.sh", **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert first.stat().st_mtime_ns == written  # not trained again
+    with open(out / "table.csv", newline="") as file:
+        rows = {row["mask_type"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {"random"}
+    for method, row in rows.items():
+        test = json.loads((out / f"{method}-ratio0.75-seed0/linear_probe/test.json").read_text())
+        assert float(row["linear_probe_acc1_mean"]) == test["acc1"]
+    for name in ("table.md", "curves.png", "accuracy.png"):
+        assert (out / name).stat().st_size > 0
+    # a failure is named, and is the sweep's status
+    result = sweep(COMPARE / "embedded.sh", **environment | dict(SEEDS="1", METHODS="random", PRETRAIN_EXTRA="--lr -1"))
+    assert result.returncode == 1 and "random-ratio0.75-seed1: status 1, see" in result.stdout
+    # a job of a Slurm array is one unit, and writes no table
+    job = environment | dict(
+        SLURM_ARRAY_TASK_ID="1", METHODS="random tats", OUTPUT_DIR=str(tmp_path / "array"), EVALUATIONS=""
+    )
+    result = sweep(COMPARE / "embedded.sh", **job)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in (tmp_path / "array").iterdir()] == ["tats-ratio0.75-seed0"]
+    assert (tmp_path / "array/tats-ratio0.75-seed0/pretrain/checkpoint-1.pth").exists()
