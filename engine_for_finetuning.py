@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from datasets.decoding import VideoError
 from datasets.transforms import normalize
 from runtime.backend import AMP_DTYPES, Backend
-from runtime.epoch import EpochRunner, Recipe
+from runtime.epoch import EpochRunner, Recipe, RunState
 from utils import UsageError, available_memory, format_time, log
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneRecipe(Recipe):
     smoothing: float = 0.0
     mixup: Mixup | None = None
@@ -42,11 +42,13 @@ def mix(video: Tensor, label: Tensor, mixup: Mixup) -> tuple[Tensor, Tensor]:
     return mixed.unflatten(1, channels), target
 
 
-def train_one_epoch(backend: Backend, loader, recipe: FinetuneRecipe, epoch: int, ema=None) -> dict[str, float]:
+def train_one_epoch(
+    backend: Backend, loader, recipe: FinetuneRecipe, epoch: int, ema=None, state: RunState | None = None
+) -> dict[str, float]:
     """backend.unwrapped: clips -> logits. ema: timm's ModelEmaV3, or None. Returns epoch means; acc1 (%) where labels
     are not mixed."""
     backend.unwrapped.train()
-    runner = EpochRunner(recipe, backend, epoch)
+    runner = EpochRunner(recipe, backend, epoch, state)
     for index, step, batch in runner.batches(loader):
         lr = recipe.apply_schedule(backend, step)
         video, label = prepare(batch["video"], recipe), batch["label"].to(recipe.mean.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""One epoch of masked-autoencoder training where one backward pass trains all there is: fixed masks and AdaMAE."""
+"""One epoch of masked-autoencoder training where one backward pass trains all there is: fixed masks, AdaMAE's."""
 
 import math
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import modeling_adamae
+import ppo
 from datasets.transforms import normalize
 from masking_generator import Mask, MaskSampler, motion_energy, motion_lift, texture_energy
 from modeling_pretrain import reconstruction_target, token_error
 from runtime.backend import Backend
-from runtime.epoch import EpochRunner, Recipe
+from runtime.epoch import EpochRunner, Recipe, RunState
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PretrainRecipe(Recipe):
     grid: tuple[int, int, int]
     loss: str = "mse"
@@ -36,31 +36,36 @@ def masked_error(prediction: Tensor, pixels: Tensor, mask: Mask, recipe: Pretrai
 
 
 def train_one_epoch(
-    backend: Backend, sampler: MaskSampler, loader, recipe: PretrainRecipe, epoch: int, sampling_coef: float = 1e-4
+    backend: Backend,
+    sampler: MaskSampler,
+    loader,
+    recipe: PretrainRecipe,
+    epoch: int,
+    state: RunState | None = None,
 ) -> dict[str, float]:
-    """backend.unwrapped: the MAE, or AdaMAE (MAE and sampler in one) where the sampler learns. Returns epoch means."""
+    """backend.unwrapped: the MAE, or where the sampler is learned the JointModel of both. Returns epoch means."""
     backend.unwrapped.train()
-    runner = EpochRunner(recipe, backend, epoch)
+    runner = EpochRunner(recipe, backend, epoch, state)
     error_of = backend.compiled(masked_error)
     for index, step, batch in runner.batches(loader):
         lr = recipe.apply_schedule(backend, step)
         pixels, video, seed = to_device(batch, recipe)
         energy = motion_energy(video, recipe.grid)  # here, where no activations are alive
         with backend.autocast(), backend.no_sync():
-            if isinstance(backend.unwrapped, modeling_adamae.AdaMAE):
+            if sampler.learned:
                 prediction, mask = backend.module(video, seed)
             else:
                 mask = sampler(video, seed)
                 prediction = backend.module(video, mask)
-        texture = texture_energy(video, recipe.grid) if mask.log_prob is not None else None
+        texture = texture_energy(video, recipe.grid) if sampler.learned else None
         del video
         error = error_of(prediction, pixels, mask, recipe)
         del prediction
         loss = error.mean()
         values = {"loss": loss, "motion_lift": motion_lift(energy, mask.visible)}
-        if mask.log_prob is not None:
-            sampling = modeling_adamae.sampling_loss(mask, error, sampling_coef)
-            values |= sampler_metrics(mask, error, texture) | {"sampling_loss": sampling}
+        if sampler.learned:
+            sampling, diagnostics = sampler.loss(mask.log_prob, mask.value, ppo.record(None, mask, error))
+            values |= sampler_metrics(mask, error, texture) | {"sampling_loss": sampling} | diagnostics
             loss = loss + sampling
         backend.backward(loss)
         runner.metrics.update(**values)

@@ -1,4 +1,5 @@
-"""One epoch of joint training: the MAE by reconstruction, TATS by PPO on its errors (paper 3.3, Algorithm 1)."""
+"""One epoch of joint training: the MAE by reconstruction, its sampler by an optimizer of its own on the MAE's errors
+(TATS by PPO: paper 3.3, Algorithm 1)."""
 
 from dataclasses import dataclass
 
@@ -7,42 +8,46 @@ from torch import Tensor
 
 import ppo
 from engine_for_pretraining import PretrainRecipe, masked_error, sampler_metrics, to_device
-from masking_generator import motion_energy, motion_lift, texture_energy
+from masking_generator import LearnedSampler, motion_energy, motion_lift, texture_energy
 from runtime.backend import Backend
-from runtime.epoch import EpochRunner
+from runtime.epoch import EpochRunner, RunState
 from utils import mean_and_deviation
 
 
-@dataclass
-class PPOSettings:
-    """Defaults of the paper's table 4; clip and epochs are not stated there."""
+@dataclass(frozen=True)
+class Phases:
+    """How the two phases take turns; defaults of the paper's table 4, which does not state epochs."""
 
     rollout_steps: int = 1  # k, optimizer steps of the MAE between two phases 2
     epochs: int = 1  # passes over the recorded episodes in phase 2
-    clip: float = 0.2
-    policy_coef: float = 1e-4
-    value_coef: float = 1e-4
-    entropy_coef: float = 1e-4
     normalize_advantage: bool = False  # over all clips of an optimizer step: of its micro-batches, on all ranks
 
     def one_pass(self, accum_iter: int) -> bool:
-        """Whether one forward pass of TATS serves both phases: the policy does not move between them, and the advantage
-        does not wait for the rewards of later micro-batches."""
+        """Whether one forward pass of the sampler serves both phases: the policy does not move between them, and the
+        advantage does not wait for the rewards of later micro-batches."""
         return self.rollout_steps == self.epochs == 1 and not (self.normalize_advantage and accum_iter > 1)
 
 
 def train_one_epoch(
-    mae: Backend, tats: Backend, loader, recipe: PretrainRecipe, settings: PPOSettings, epoch: int
+    mae: Backend,
+    agent: Backend,
+    sampler: LearnedSampler,
+    loader,
+    recipe: PretrainRecipe,
+    phases: Phases,
+    epoch: int,
+    state: RunState | None = None,
 ) -> dict[str, float]:
-    """Alternates phase 1 (MAE step on TATS's masks, episodes recorded) and phase 2 (TATS steps); returns epoch means.
+    """Alternates phase 1 (MAE step on the sampler's masks, episodes recorded) and phase 2 (steps of the sampler);
+    returns epoch means. agent.unwrapped: the Policy of the sampler.
 
     With k = 1 and one pass the policy of phase 2 is the recorded one, so the forward pass of phase 1 keeps its graph
-    and serves both: the same gradient for one forward pass less (PPOSettings.one_pass). Phase 2 never runs the MAE.
+    and serves both: the same gradient for one forward pass less (Phases.one_pass). Phase 2 never runs the MAE.
     """
     mae.unwrapped.train()
-    tats.unwrapped.train()
-    runner = EpochRunner(recipe, mae, epoch, tats)
-    one_pass = settings.one_pass(tats.accum_iter)
+    agent.unwrapped.train()
+    runner = EpochRunner(recipe, mae, epoch, state, agent)
+    one_pass = phases.one_pass(agent.accum_iter)
     buffer: list[ppo.Episode] = []
     error_of = mae.compiled(masked_error)
     for index, step, batch in runner.batches(loader):
@@ -52,10 +57,11 @@ def train_one_epoch(
         embed = mae.unwrapped.encoder.patch_embed
         with torch.no_grad(), mae.autocast(), mae.gathered(embed):
             tokens = embed(video)
-        if tats.dtype is None:
-            tokens = tokens.float()  # TATS in full precision beside an autoencoder that is not
-        with torch.set_grad_enabled(one_pass), tats.autocast(), tats.no_sync():
-            mask = (tats.module if one_pass else tats.unwrapped)(video, seed, tokens)
+        if agent.dtype is None:
+            tokens = tokens.float()  # a sampler in full precision beside an autoencoder that is not
+        with torch.set_grad_enabled(one_pass), agent.autocast(), agent.no_sync():
+            policy = (agent.module if one_pass else agent.unwrapped)(tokens)
+        mask = sampler.draw(*policy, seed)
         with mae.autocast(), mae.no_sync():
             prediction = mae.module(video, mask)
         texture = texture_energy(video, recipe.grid)
@@ -68,37 +74,37 @@ def train_one_epoch(
         if stepped:
             runner.metrics.update(grad_norm=mae.grad_norm)
 
-        old_log_prob = mask.log_prob.detach().gather(1, mask.masked)
-        episode = ppo.Episode(tokens, mask.masked, old_log_prob, error.detach(), mask.value.detach())
+        episode = ppo.record(tokens, mask, error)
         runner.metrics.update(
-            loss=loss,
-            motion_lift=motion_lift(energy, mask.visible),
-            value=mask.value.mean(),
-            **sampler_metrics(mask, error, texture),
+            loss=loss, motion_lift=motion_lift(energy, mask.visible), **sampler_metrics(mask, error, texture)
         )
+        if mask.value is not None:
+            runner.metrics.update(value=mask.value.mean())
         if one_pass:
-            moments = _advantage_moments([episode]) if settings.normalize_advantage else None
-            _update(tats, mask.log_prob, mask.value, episode, moments, settings, runner)
+            moments = _advantage_moments([episode]) if phases.normalize_advantage else None
+            _update(agent, sampler, *policy, episode, moments, runner)
         else:
             buffer.append(episode)
-            full = len(buffer) == settings.rollout_steps * mae.accum_iter
+            full = len(buffer) == phases.rollout_steps * mae.accum_iter
             if stepped and (full or index + 1 == runner.steps):
-                _phase_two(tats, buffer, settings, runner)
+                _phase_two(agent, sampler, buffer, phases, runner)
                 buffer = []
         runner.end_micro_batch(index, step, lr, loss, stepped and not buffer)
     return runner.finish()
 
 
-def _phase_two(tats: Backend, buffer: list[ppo.Episode], settings: PPOSettings, runner: EpochRunner) -> None:
-    """settings.epochs passes over the recorded micro-batches with the current policy."""
-    steps = [buffer[i : i + tats.accum_iter] for i in range(0, len(buffer), tats.accum_iter)]
-    moments = [_advantage_moments(episodes) if settings.normalize_advantage else None for episodes in steps]
-    for _ in range(settings.epochs):
+def _phase_two(
+    agent: Backend, sampler: LearnedSampler, buffer: list[ppo.Episode], phases: Phases, runner: EpochRunner
+) -> None:
+    """phases.epochs passes over the recorded micro-batches with the current policy."""
+    steps = [buffer[i : i + agent.accum_iter] for i in range(0, len(buffer), agent.accum_iter)]
+    moments = [_advantage_moments(episodes) if phases.normalize_advantage else None for episodes in steps]
+    for _ in range(phases.epochs):
         for episodes, moments_of_step in zip(steps, moments, strict=True):
             for episode in episodes:
-                with tats.autocast(), tats.no_sync():
-                    mask = tats.module(None, None, episode.tokens)
-                _update(tats, mask.log_prob, mask.value, episode, moments_of_step, settings, runner)
+                with agent.autocast(), agent.no_sync():
+                    policy = agent.module(episode.tokens)
+                _update(agent, sampler, *policy, episode, moments_of_step, runner)
 
 
 def _advantage_moments(episodes: list[ppo.Episode]) -> tuple[Tensor, Tensor]:
@@ -107,25 +113,16 @@ def _advantage_moments(episodes: list[ppo.Episode]) -> tuple[Tensor, Tensor]:
 
 
 def _update(
-    tats: Backend,
+    agent: Backend,
+    sampler: LearnedSampler,
     log_prob: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     episode: ppo.Episode,
     moments: tuple[Tensor, Tensor] | None,
-    settings: PPOSettings,
     runner: EpochRunner,
 ) -> None:
-    loss, diagnostics = ppo.sampling_loss(
-        log_prob,
-        value,
-        episode,
-        clip=settings.clip,
-        policy_coef=settings.policy_coef,
-        value_coef=settings.value_coef,
-        entropy_coef=settings.entropy_coef,
-        moments=moments,
-    )
-    tats.backward(loss)
+    loss, diagnostics = sampler.loss(log_prob, value, episode, moments)
+    agent.backward(loss)
     runner.metrics.update(**diagnostics)
-    if tats.step():
-        runner.metrics.update(sampler_grad_norm=tats.grad_norm)
+    if agent.step():
+        runner.metrics.update(sampler_grad_norm=agent.grad_norm)

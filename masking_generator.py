@@ -5,7 +5,7 @@ N_m masked.
 "masked" means hidden from the encoder, everywhere; with a decoder_mask_ratio, hidden and left to the decoder.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,9 +94,15 @@ class MaskSampler(nn.Module):
     scores, or draw_mask where it has more to say than scores.
 
     decoder_mask_ratio (attribute): share of the masked tokens that the decoder is spared, see running_cell.
+    learned: training changes its weights (LearnedSampler). own_optimizer: an optimizer of its own does so, by
+    engine_for_tats; otherwise one backward pass trains autoencoder and sampler. flags: arguments of the constructor, by
+    the flag of run_mae_pretraining.py that gives them.
     """
 
     needs_tokens = False
+    learned = False
+    own_optimizer = False
+    flags: ClassVar[dict[str, str]] = {}
     decoder_mask_ratio = 0.0
 
     def __init__(self, grid: tuple[int, int, int], mask_ratio: float):
@@ -105,12 +111,20 @@ class MaskSampler(nn.Module):
         self.num_tokens = grid[0] * grid[1] * grid[2]
         self.num_visible = self.visible_at(mask_ratio)
 
+    @classmethod
+    def for_encoder(cls, encoder: nn.Module, grid: tuple[int, int, int], mask_ratio: float, **settings):
+        """A sampler for the tokens of this encoder; settings: what `flags` names."""
+        return cls(grid, mask_ratio, **settings)
+
     def visible_at(self, mask_ratio: float) -> int:
         """N_v, the same for every clip."""
         return count_visible(self.num_tokens, mask_ratio)
 
     def forward(self, video: Tensor | None, seed: Tensor | None, tokens: Tensor | None = None) -> Mask:
-        mask = self.draw_mask(video, seed, tokens)
+        return self.spare_decoder(self.draw_mask(video, seed, tokens), seed)
+
+    def spare_decoder(self, mask: Mask, seed: Tensor | None) -> Mask:
+        """The mask with fewer tokens for the decoder, where decoder_mask_ratio says so."""
         if self.decoder_mask_ratio and seed is not None:
             kept = running_cell(mask.masked, seed, self.grid, self.decoder_mask_ratio)
             mask = Mask(mask.visible, kept, mask.log_prob, mask.value)
@@ -122,6 +136,64 @@ class MaskSampler(nn.Module):
     def scores(self, video: Tensor, seed: Tensor) -> Tensor:
         """float [B, N]; the highest num_visible stay visible."""
         raise TypeError(f"{type(self).__name__} must define scores or draw_mask")
+
+
+class LearnedSampler(MaskSampler):
+    """Draws visible tokens without replacement from a categorical over all tokens that training changes. A subclass
+    defines policy and loss. seed=None takes the most probable tokens instead (for pictures).
+
+    Its weights are in checkpoints under the name it has in SAMPLERS of run_mae_pretraining.py.
+    position_tables: those of its parameters [1, N, D] that are interpolated for another grid.
+    """
+
+    needs_tokens = True
+    learned = True
+    position_tables: tuple[str, ...] = ()
+
+    @classmethod
+    def for_encoder(cls, encoder: nn.Module, grid: tuple[int, int, int], mask_ratio: float, **settings):
+        """settings: use_checkpoint, and what `flags` names."""
+        return cls(grid, mask_ratio, encoder.embed_dim, **settings)
+
+    def policy(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """tokens [B, N, D] without positions -> log p float32 [B, N] and the critic's value float32 [B], or None."""
+        raise NotImplementedError
+
+    def loss(
+        self, log_prob: Tensor, value: Tensor | None, episode, moments: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the sampler minimises on a ppo.Episode, given the current policy: 0-d loss, and 0-d values to log.
+
+        moments: see ppo.advantage."""
+        raise NotImplementedError
+
+    def draw(self, log_prob: Tensor, value: Tensor | None, seed: Tensor | None) -> Mask:
+        return self.spare_decoder(Mask(*draw(log_prob, self.num_visible, seed), log_prob, value), seed)
+
+    def draw_mask(self, video: Tensor | None, seed: Tensor | None, tokens: Tensor) -> Mask:
+        log_prob, value = self.policy(tokens)
+        return Mask(*draw(log_prob, self.num_visible, seed), log_prob, value)
+
+
+class Policy(nn.Module):
+    """A learned sampler as what its optimizer trains: forward(tokens) -> log_prob, value, without drawing a mask."""
+
+    def __init__(self, sampler: LearnedSampler):
+        super().__init__()
+        self.sampler = sampler
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.sampler.policy(tokens)
+
+
+@torch.no_grad()
+def draw(log_prob: Tensor, num_visible: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log_prob float32 [B, N] -> (visible, masked) indices, visible drawn without replacement by Gumbel top-k.
+
+    In float32 on log p it cannot fail where p underflows to 0. seed=None: the most probable tokens.
+    """
+    noise = 0.0 if seed is None else gumbel_noise(seed, log_prob.shape[1])
+    return split_by_score(log_prob.float() + noise, num_visible)
 
 
 def running_cell(masked: Tensor, seed: Tensor, grid: tuple[int, int, int], ratio: float) -> Tensor:

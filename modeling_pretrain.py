@@ -9,7 +9,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from masking_generator import Mask, gather_tokens
+from masking_generator import LearnedSampler, Mask, gather_tokens
 from modeling_finetune import (
     LAYER_NORM,
     SIZES,
@@ -203,6 +203,26 @@ class PretrainVisionTransformer(nn.Module):
         visible = visible + gather_tokens(position, mask.visible)
         hidden = self.mask_token.to(visible.dtype) + gather_tokens(position, mask.masked)
         return self.decoder(torch.cat((visible, hidden), dim=1), mask.masked.shape[1])
+
+
+class JointModel(nn.Module):
+    """The autoencoder and a learned sampler as one module, which one joint loss trains (AdaMAE).
+
+    forward(video, seed) -> (predictions [B, N_m, P], Mask).
+    """
+
+    def __init__(self, mae: PretrainVisionTransformer, sampler: LearnedSampler):
+        super().__init__()
+        self.mae = mae
+        self.sampler = sampler
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"mae.{name}" for name in self.mae.no_weight_decay()}
+
+    def forward(self, video: Tensor, seed: Tensor) -> tuple[Tensor, Mask]:
+        tokens = self.mae.encoder.patch_embed(video)
+        mask = self.sampler(video, seed, tokens)
+        return self.mae(video, mask, tokens), mask
 
 
 def patchify(pixels: Tensor, grid: tuple[int, int, int]) -> Tensor:

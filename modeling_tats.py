@@ -6,7 +6,8 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from masking_generator import Mask, MaskSampler, gumbel_noise, split_by_score
+import ppo
+from masking_generator import LearnedSampler
 from modeling_finetune import LAYER_NORM, Attention, get_sinusoid_encoding_table, zero_gradient
 from trajectory_attention import TrajectoryAttention
 
@@ -70,19 +71,32 @@ class TATSBlock(nn.Module):
         return (F.linear(x, head.weight).float() + F.linear(hidden, folded).float() + bias).squeeze(-1)
 
 
-class TATS(MaskSampler):
-    """forward(video, seed, tokens [B, N, D]) -> Mask with log_prob and value.
+class TATS(LearnedSampler):
+    """p = softmax(z / temperature) of the actor's logits, and the critic's value, trained by PPO (paper eq. 7-8).
 
     tokens are cut off from the graph that made them: no gradient reaches the MAE. The fixed position table is added
-    here (paper eq. 3-5). Visible tokens are drawn without replacement from p = softmax(z / temperature) by Gumbel
-    top-k; seed=None takes the most probable ones instead (for pictures).
+    here (paper eq. 3-5).
 
     logit_cap C > 0: logits of a clip are centred and bounded by z -> C tanh(z / C), so that no token is more than
     exp(2 C / temperature) times as probable as another. The objective itself has no such bound: it grows with the scale
     of the logits for ever (docs/SAMPLER.md).
+
+    clip, policy_coef, value_coef, entropy_coef: see ppo.sampling_loss.
     """
 
-    needs_tokens = True
+    own_optimizer = True
+    flags = {
+        "attention": "tats_attention",
+        "num_blocks": "tats_blocks",
+        "num_landmarks": "num_landmarks",
+        "landmark_gradient": "landmark_gradient",
+        "temperature": "softmax_temp",
+        "logit_cap": "tats_logit_cap",
+        "clip": "ppo_clip",
+        "policy_coef": "policy_coef",
+        "value_coef": "value_coef",
+        "entropy_coef": "entropy_coef",
+    }
 
     def __init__(
         self,
@@ -97,11 +111,16 @@ class TATS(MaskSampler):
         logit_cap: float = 0.0,
         use_checkpoint: bool = False,
         landmark_gradient: bool = False,
+        clip: float = 0.2,
+        policy_coef: float = 1e-4,
+        value_coef: float = 1e-4,
+        entropy_coef: float = 1e-4,
     ):
         super().__init__(grid, mask_ratio)
         if attention not in ATTENTIONS:
             raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}; got {attention!r}")
         self.temperature, self.logit_cap = temperature, logit_cap
+        self.ppo = dict(clip=clip, policy_coef=policy_coef, value_coef=value_coef, entropy_coef=entropy_coef)
         table = get_sinusoid_encoding_table(self.num_tokens, dim)
         self.register_buffer("pos_embed", table, persistent=False)
         self.blocks = nn.ModuleList(
@@ -119,6 +138,15 @@ class TATS(MaskSampler):
         for bias in (self.actor.bias, self.blocks[-1].mlp.fc2.bias):  # both add the same to every logit
             zero_gradient(bias)
 
+    @classmethod
+    def for_encoder(cls, encoder: nn.Module, grid: tuple[int, int, int], mask_ratio: float, **settings):
+        return cls(grid, mask_ratio, encoder.embed_dim, encoder.blocks[0].attn.num_heads, **settings)
+
+    @property
+    def has_trajectories(self) -> bool:
+        """False for plain attention, which knows no frames."""
+        return isinstance(self.blocks[-1].attn, TrajectoryAttention)
+
     @torch.no_grad()
     def trajectory_of(self, tokens: Tensor, token: int) -> Tensor:
         """Attention of one token in each frame, heads averaged, float32 [B, t, S] summing to 1 in a frame, of the last
@@ -127,11 +155,11 @@ class TATS(MaskSampler):
         for block in self.blocks[:-1]:
             x = block(x, self.grid[0])
         last = self.blocks[-1]
-        if isinstance(last.attn, Attention):
+        if not self.has_trajectories:
             raise ValueError("--tats_attention mha has no trajectories to draw")
         return last.attn.trajectory_of(last.norm1(x), self.grid[0], token)
 
-    def draw_mask(self, video: Tensor | None, seed: Tensor | None, tokens: Tensor) -> Mask:
+    def policy(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         x = tokens.detach() + self.pos_embed.to(tokens.dtype)
         value = self.critic(x.mean(dim=1)).squeeze(-1).float()
         for block in self.blocks[:-1]:
@@ -139,18 +167,10 @@ class TATS(MaskSampler):
         logits = self.blocks[-1].score(x, self.grid[0], self.actor)
         if self.logit_cap:
             logits = self.logit_cap * torch.tanh((logits - logits.mean(dim=1, keepdim=True)) / self.logit_cap)
-        log_prob = torch.log_softmax(logits / self.temperature, dim=-1)
-        return Mask(*draw(log_prob, self.num_visible, seed), log_prob, value)
+        return torch.log_softmax(logits / self.temperature, dim=-1), value
 
-
-@torch.no_grad()
-def draw(log_prob: Tensor, num_visible: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """log_prob float32 [B, N] -> (visible, masked) indices, visible drawn without replacement by Gumbel top-k.
-
-    In float32 on log p it cannot fail where p underflows to 0. seed=None: the most probable tokens.
-    """
-    noise = 0.0 if seed is None else gumbel_noise(seed, log_prob.shape[1])
-    return split_by_score(log_prob.float() + noise, num_visible)
+    def loss(self, log_prob, value, episode, moments=None) -> tuple[Tensor, dict[str, Tensor]]:
+        return ppo.sampling_loss(log_prob, value, episode, moments=moments, **self.ppo)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -6,7 +6,6 @@ token i its reconstruction error R_i, the baseline one value V a clip. All tenso
 Shapes: B clips, N tokens, N_m masked. log_prob [B, N] of the current policy; old_log_prob, reward [B, N_m]; value [B].
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,40 +15,31 @@ from torch import Tensor
 class Episode(NamedTuple):
     """What phase 1 records of one batch; nothing here carries a graph."""
 
-    tokens: Tensor  # [B, N, D] patch embeddings, the agent's input X before its position table
+    tokens: Tensor | None  # [B, N, D] patch embeddings, the agent's input X before its position table
     masked: Tensor  # int64 [B, N_m]
     old_log_prob: Tensor  # [B, N_m], log p_i of the masked tokens when they were drawn
     reward: Tensor  # [B, N_m], reconstruction error e_i
-    value: Tensor  # [B], the critic's estimate when the mask was drawn
+    value: Tensor | None  # [B], the critic's estimate when the mask was drawn
 
 
-def advantage(reward: Tensor, value: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """A_i = R_i - V [B, N_m], without gradient.
+def record(tokens: Tensor | None, mask, error: Tensor) -> Episode:
+    """The episode of a mask (log_prob [B, N], masked [B, N_m], value [B] or None) and its errors [B, N_m]."""
+    old_log_prob = mask.log_prob.detach().gather(1, mask.masked)
+    value = None if mask.value is None else mask.value.detach()
+    return Episode(tokens, mask.masked, old_log_prob, error.detach(), value)
+
+
+def advantage(reward: Tensor, value: Tensor | None, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """A_i = R_i - V [B, N_m], without gradient; R_i where there is no critic.
 
     moments: mean and deviation of the advantages of the whole optimizer step, all micro-batches of all ranks, which
     become 0 and 1. A batch's own would make the update depend on how its clips are shared out.
     """
-    advantages = (reward - value.unsqueeze(1)).detach()
+    advantages = reward.detach() if value is None else (reward - value.unsqueeze(1)).detach()
     if moments is not None:
         mean, deviation = moments
         advantages = ((advantages - mean) / (deviation + 1e-8)).to(reward.dtype)
     return advantages
-
-
-def step_scale(episodes: list[Episode], total: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor]:
-    """Mean and (unbiased) deviation, 0-d, of all advantages of one optimizer step of TATS.
-
-    episodes: the step's micro-batches; total: sums a tensor over all ranks. In float64, so that how a step's clips
-    are cut into ranks and micro-batches changes nothing but rounding.
-    """
-    advantages = [advantage(episode.reward, episode.value).double() for episode in episodes]
-    count = sum(a.numel() for a in advantages)
-    sums = torch.stack([sum(a.sum() for a in advantages), advantages[0].new_full((), count)])
-    sums = total(sums)
-    mean = sums[0] / sums[1]
-    squares = total(sum((a - mean).square().sum() for a in advantages))
-    dtype = episodes[0].reward.dtype
-    return mean.to(dtype), (squares / (sums[1] - 1)).sqrt().to(dtype)
 
 
 def clipped_objective(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:

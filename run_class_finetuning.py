@@ -34,7 +34,6 @@ from runtime.build import (
     recipe_settings,
 )
 from runtime.checkpoint import (
-    LEARNED_SAMPLERS,
     CheckpointError,
     check_moments,
     checkpoint_name,
@@ -49,6 +48,7 @@ from runtime.checkpoint import (
     save_checkpoint,
     saved_args,
 )
+from runtime.epoch import RunState
 from runtime.flags import (
     SWITCH,
     add_data_flags,
@@ -328,9 +328,9 @@ def load_finetune(args, model: torch.nn.Module | None = None) -> torch.nn.Module
     """A classifier that starts from --finetune's encoder, with a line on what was taken. Raises CheckpointError."""
     path, state = open_finetune(args, BEST)
     weights = encoder_weights(state, path, tuple(args.model_key.split("|")), args.model_prefix)
-    for kind in LEARNED_SAMPLERS:  # to be named as left over
-        sampler = state.get(kind)
-        weights |= {f"{kind}.{name}": value for name, value in sampler.items()} if isinstance(sampler, dict) else {}
+    kind = saved_args(state, path).get("mask_type")
+    if isinstance(state.get(kind), dict):  # its sampler, to be named as left over
+        weights |= {f"{kind}.{name}": value for name, value in state[kind].items()}
     table = weights.get("pos_embed")
     model = build_classifier(args, table)
     encoder = model.encoder if probe_kind(args) else model
@@ -529,8 +529,8 @@ def run_finetuning(args) -> None:
         model = load_finetune(args) if args.finetune else build_classifier(args, None)
     run = Run(args, model, device, found)
     seed_everything(args.seed, args.rank)  # dropout, stochastic depth and mixup differ between ranks
-    output, recipe.log_writer = open_output(args)
-    recipe.output = output
+    output, log_writer = open_output(args)
+    run_state = RunState(output=output, log_writer=log_writer)
     write_deepspeed_configs(output, {"classifier": run.backend})
     log(
         f"{args.model}: {run.num_parameters / 1e6:.1f} M parameters to train, {args.nb_classes} classes, "
@@ -540,7 +540,7 @@ def run_finetuning(args) -> None:
         f"stride {args.sampling_rate}, horizontal flip {'on' if args.flip else 'off'}"
         f"\n{describe_schedule(args, recipe)}"
     )
-    first_epoch, recipe.midway = resume(run, args, found, recipe.steps_per_epoch)
+    first_epoch, run_state.midway = resume(run, args, found, recipe.steps_per_epoch)
     if found and output and found[0].parent.resolve() == output.resolve():
         best = read_best(output)  # a killed run may have got further than its newest checkpoint
         run.best = max(run.best, best.get("best", run.best), key=lambda b: b["acc1"])
@@ -551,11 +551,11 @@ def run_finetuning(args) -> None:
 
     finished = first_epoch >= args.epochs
     if run.unvalidated is not None and "val" in loaders:
-        stats = run.unvalidated | validate(run, loaders["val"], recipe, first_epoch - 1, output)
+        stats = run.unvalidated | validate(run, loaders["val"], recipe, run_state, first_epoch - 1)
         log_epoch(output, run, stats, first_epoch - 1)
         run.unvalidated = None
     if not finished:
-        train(run, loaders, recipe, first_epoch, output)
+        train(run, loaders, recipe, run_state, first_epoch)
     chosen_on_test = same_videos(loaders.get("val"), loaders["test"])
     loaders = {"test": loaders["test"]}  # ends the worker processes of the others
     barrier()  # the best checkpoint is written
@@ -630,7 +630,7 @@ def find_finished(args) -> tuple[str | Path, dict]:
     return found
 
 
-def validate(run: Run, loader, recipe: FinetuneRecipe, epoch: int, output: Path | None) -> dict[str, float]:
+def validate(run: Run, loader, recipe: FinetuneRecipe, state: RunState, epoch: int) -> dict[str, float]:
     """Accuracies of the central view of each video; writes checkpoint-best.pth when top-1 has risen."""
     args = run.args
     scores = evaluate(run.evaluated, loader, recipe, args.amp, args.batch_size, args.allow_missing)
@@ -638,15 +638,15 @@ def validate(run: Run, loader, recipe: FinetuneRecipe, epoch: int, output: Path 
     stats = {"val_acc1": scores.accuracy(1), "val_acc5": scores.accuracy(5), "val_loss": scores.loss()}
     if stats["val_acc1"] > run.best["acc1"]:
         run.best = {"acc1": stats["val_acc1"], "epoch": epoch}
-        if output and args.save_ckpt:
-            save_best(output / BEST, run.weights(epoch))
+        if state.output and args.save_ckpt:
+            save_best(state.output / BEST, run.weights(epoch))
     log(
         f"epoch {epoch} validation: top-1 {stats['val_acc1']:.2f} %, top-5 {stats['val_acc5']:.2f} %, loss "
         f"{stats['val_loss']:.4g}; best top-1 {run.best['acc1']:.2f} % in epoch {run.best['epoch']}"
     )
-    if recipe.log_writer is not None:
+    if state.log_writer is not None:
         for name, value in stats.items():
-            recipe.log_writer.add_scalar(name.replace("_", "/"), value, (epoch + 1) * recipe.steps_per_epoch)
+            state.log_writer.add_scalar(name.replace("_", "/"), value, (epoch + 1) * recipe.steps_per_epoch)
     return stats
 
 
@@ -658,29 +658,26 @@ def save_best(path: Path, state: dict) -> None:
             log(f"warning: {error}; training goes on, and its last weights will be tested")
 
 
-def train(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, output: Path | None) -> None:
+def train(run: Run, loaders: dict, recipe: FinetuneRecipe, state: RunState, first_epoch: int) -> None:
     """All epochs from first_epoch on. Raises Preempted."""
-    args = run.args
+    args, output = run.args, state.output
     start = time.time()
     if output and is_main_process():
         (output / "test.json").unlink(missing_ok=True)  # it is about other weights
     if stores_features(args):
         store_probe_features(run, loaders, recipe)
     minutes = args.save_ckpt_minutes if output and args.save_ckpt else 0
-    with (
-        PreemptionWatch(minutes) as recipe.watch,
-        closing(recipe.log_writer),
-    ):  # from here on there is something to save
-        train_epochs(run, loaders, recipe, first_epoch, output)
+    with PreemptionWatch(minutes) as state.watch, closing(state.log_writer):  # now there is something to save
+        train_epochs(run, loaders, recipe, state, first_epoch)
     log(f"training took {format_time(time.time() - start)}")
 
 
-def train_epochs(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: int, output: Path | None) -> None:
+def train_epochs(run: Run, loaders: dict, recipe: FinetuneRecipe, state: RunState, first_epoch: int) -> None:
     """Epochs from first_epoch to the last, each followed by validation ("val" in loaders) and a checkpoint.
 
     Every save_ckpt_freq-th checkpoint and the last are kept, the others replaced by newer ones. Raises Preempted.
     """
-    args = run.args
+    args, output = run.args, state.output
     saves = output and args.save_ckpt
 
     def save_midway(epoch: int, where: dict) -> bool:
@@ -688,26 +685,26 @@ def train_epochs(run: Run, loaders: dict, recipe: FinetuneRecipe, first_epoch: i
             average_batch_norm(model, run.device)  # one file for all processes
         return save(args, output, run.state(epoch - 1, where), epoch, where)
 
-    recipe.save = save_midway if saves else None
+    state.save = save_midway if saves else None
     for epoch in range(first_epoch, args.epochs):
-        done = recipe.midway["steps"] * args.accum_iter if recipe.midway else 0
+        done = state.midway["steps"] * args.accum_iter if state.midway else 0
         loaders["train"].sampler.set_epoch(epoch, done * loaders["train"].batch_size)
-        stats = train_one_epoch(run.backend, loaders["train"], recipe, epoch, run.ema)
+        stats = train_one_epoch(run.backend, loaders["train"], recipe, epoch, run.ema, state)
         stats = {f"train_{name}": value for name, value in stats.items()}
         run.unvalidated, problem = None, None
-        last, stop = epoch + 1 == args.epochs, recipe.watch.decide_now() == STOP
+        last, stop = epoch + 1 == args.epochs, state.watch.decide_now() == STOP
         try:
             if stop and saves and "val" in loaders:  # there may be no time to validate: a resume does
                 run.unvalidated = stats
             else:
                 if "val" in loaders:
-                    stats |= validate(run, loaders["val"], recipe, epoch, output)
+                    stats |= validate(run, loaders["val"], recipe, state, epoch)
                 log_epoch(
                     output, run, stats, epoch
                 )  # before the checkpoint: a resume takes away lines, it cannot add one
         except VideoError as error:  # on every process: save what was trained, then stop; a resume validates first
             run.unvalidated, problem = stats, error
-        stop = stop or recipe.watch.decide_now() == STOP
+        stop = stop or state.watch.decide_now() == STOP
         written = saves and save(args, output, run.state(epoch), epoch, must=last)
         if problem:
             raise problem

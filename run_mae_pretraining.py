@@ -8,20 +8,19 @@ import torch
 
 import engine_for_pretraining
 import engine_for_tats
-import modeling_pretrain  # noqa: F401  registers the models
 from datasets.build import build_pretraining_loader
 from datasets.transforms import normalize
 from engine_for_pretraining import PretrainRecipe
-from engine_for_tats import PPOSettings
-from masking_generator import FrameMask, MaskSampler, MotionMask, RandomMask, TubeMask
-from modeling_adamae import AdaMAE, AdaMAESampler
+from engine_for_tats import Phases
+from masking_generator import FrameMask, MaskSampler, MotionMask, Policy, RandomMask, TubeMask
+from modeling_adamae import AdaMAESampler
 from modeling_finetune import is_sinusoid_encoding_table
+from modeling_pretrain import JointModel
 from modeling_tats import ATTENTIONS, TATS
 from optim_factory import parameter_groups
 from runtime.backend import Backend
 from runtime.build import create_model, describe_schedule, make_backend, optimizer_steps, recipe_settings
 from runtime.checkpoint import (
-    LEARNED_SAMPLERS,
     CheckpointError,
     LoadReport,
     check_moments,
@@ -35,6 +34,7 @@ from runtime.checkpoint import (
     saved_args,
     split_samplers,
 )
+from runtime.epoch import RunState
 from runtime.flags import (
     SWITCH,
     add_data_flags,
@@ -66,28 +66,14 @@ from utils import (
     write_log,
 )
 
-# A new mask strategy is one class and one line here. (grid, args, MAE) -> MaskSampler
-SAMPLERS = {
-    "tube": lambda grid, args, mae: TubeMask(grid, args.mask_ratio),
-    "random": lambda grid, args, mae: RandomMask(grid, args.mask_ratio),
-    "frame": lambda grid, args, mae: FrameMask(grid, args.mask_ratio),
-    "motion": lambda grid, args, mae: MotionMask(grid, args.mask_ratio),
-    "adamae": lambda grid, args, mae: AdaMAESampler(
-        grid, args.mask_ratio, mae.encoder.embed_dim, use_checkpoint=recomputes(args, "sampler")
-    ),
-    "tats": lambda grid, args, mae: TATS(
-        grid,
-        args.mask_ratio,
-        mae.encoder.embed_dim,
-        mae.encoder.blocks[0].attn.num_heads,
-        args.tats_attention,
-        args.tats_blocks,
-        args.num_landmarks,
-        temperature=args.softmax_temp,
-        logit_cap=args.tats_logit_cap,
-        use_checkpoint=recomputes(args, "sampler"),
-        landmark_gradient=args.landmark_gradient,
-    ),
+# A new mask strategy, learned or not, is one class and one line here.
+SAMPLERS: dict[str, type[MaskSampler]] = {
+    "tube": TubeMask,
+    "random": RandomMask,
+    "frame": FrameMask,
+    "motion": MotionMask,
+    "adamae": AdaMAESampler,
+    "tats": TATS,
 }
 CHECKPOINTED = ("encoder", "decoder", "sampler")
 
@@ -197,7 +183,7 @@ def check_flags(args) -> None:
         raise UsageError(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1, both excluded")
     if not 0 <= args.decoder_mask_ratio < 1:
         raise UsageError(f"--decoder_mask_ratio {args.decoder_mask_ratio}: must be at least 0 and less than 1")
-    if "sampler" in args.checkpoint_modules and args.mask_type not in ("adamae", "tats"):
+    if "sampler" in args.checkpoint_modules and not SAMPLERS[args.mask_type].learned:
         raise UsageError(f"--checkpoint_modules sampler: --mask_type {args.mask_type} has nothing to recompute")
     if args.compile and args.enable_deepspeed and args.zero_stage == 3:
         raise UsageError("--compile does not go with --zero_stage 3, whose weights come and go: use 2, or leave it out")
@@ -218,10 +204,17 @@ def build_mae(args) -> torch.nn.Module:
 
 
 def build_sampler(args, mae: torch.nn.Module) -> MaskSampler:
+    """The --mask_type, with the flags its class names. Raises UsageError."""
+    kind = SAMPLERS[args.mask_type]
+    settings = {name: getattr(args, flag) for name, flag in kind.flags.items()}
+    if kind.learned:
+        settings["use_checkpoint"] = recomputes(args, "sampler")
     try:
-        return SAMPLERS[args.mask_type](mae.grid, args, mae)
+        sampler = kind.for_encoder(mae.encoder, mae.grid, args.mask_ratio, **settings)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    sampler.decoder_mask_ratio = args.decoder_mask_ratio
+    return sampler
 
 
 def load_pretrained(mae: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> LoadReport:
@@ -232,24 +225,20 @@ def load_pretrained(mae: torch.nn.Module, weights: dict[str, torch.Tensor], path
     return load_autoencoder(mae, weights, path)
 
 
-# Flags that change what TATS does with the same weights.
-TATS_FLAGS = ("tats_attention", "num_landmarks", "softmax_temp", "tats_logit_cap")
-
-
 def load_sampler(sampler: MaskSampler, weights: dict, state: dict, path: Path, args) -> LoadReport:
-    """A learned sampler's weights, whole; AdaMAE's table of positions is interpolated for another grid. Raises
+    """A learned sampler's weights, all of them; a learned table of positions is interpolated for another grid. Raises
     CheckpointError where they do not fit."""
-    name = "pos_embed_probs"
-    if args.mask_type == "adamae" and isinstance(weights.get(name), torch.Tensor):
-        with restoring("sampler", path):
-            check_position_table(weights[name], path)
-            grid = position_grid(state, weights[name], sampler.grid, args.tubelet_size, path)
-            weights = weights | {name: resize_position_table(weights[name], grid, sampler.grid)}
+    for name in sampler.position_tables:
+        if isinstance(weights.get(name), torch.Tensor):
+            with restoring("sampler", path):
+                check_position_table(weights[name], path)
+                grid = position_grid(state, weights[name], sampler.grid, args.tubelet_size, path)
+                weights = weights | {name: resize_position_table(weights[name], grid, sampler.grid)}
     load_weights(sampler, weights, path)
-    saved = saved_args(state, path) if args.mask_type == "tats" else {}
+    saved = saved_args(state, path)
     changed = [
         f"--{name} {saved[name]} -> {getattr(args, name)}"
-        for name in TATS_FLAGS
+        for name in sampler.flags.values()
         if name in saved and saved[name] != getattr(args, name)
     ]
     if changed:
@@ -257,28 +246,20 @@ def load_sampler(sampler: MaskSampler, weights: dict, state: dict, path: Path, a
     return LoadReport(list(weights), [], [])
 
 
-def ppo_settings(args) -> PPOSettings:
-    return PPOSettings(
-        rollout_steps=args.tats_rollout_steps,
-        epochs=args.ppo_epochs,
-        clip=args.ppo_clip,
-        policy_coef=args.policy_coef,
-        value_coef=args.value_coef,
-        entropy_coef=args.entropy_coef,
-        normalize_advantage=args.normalize_advantage,
-    )
+def phases(args) -> Phases:
+    return Phases(args.tats_rollout_steps, args.ppo_epochs, args.normalize_advantage)
 
 
 class Run:
-    """Models, backends and the state that a checkpoint holds. found: the checkpoint to go on from."""
+    """Models, backends and the state that a checkpoint holds. found: the checkpoint to resume from."""
 
     def __init__(self, args, device: torch.device, found: tuple[Path, dict] | None = None):
         self.args, self.device = args, device
         self.mae = build_mae(args)
         self.sampler = build_sampler(args, self.mae)
-        self.warmup_sampler = RandomMask(self.mae.grid, args.mask_ratio) if args.mask_type == "tats" else None
-        for sampler in filter(None, (self.sampler, self.warmup_sampler)):
-            sampler.decoder_mask_ratio = args.decoder_mask_ratio
+        self.warmup_sampler = RandomMask(self.mae.grid, args.mask_ratio)  # of the epochs before --tats_start_epoch
+        self.warmup_sampler.decoder_mask_ratio = args.decoder_mask_ratio
+        self.learned = args.mask_type if self.sampler.learned else ""  # the sampler's key in checkpoints
         if found:
             self._load_weights(*found)
         elif args.finetune:
@@ -286,14 +267,15 @@ class Run:
         self.num_parameters, self.num_sampler_parameters = (
             sum(p.numel() for p in module.parameters()) for module in (self.mae, self.sampler)
         )
-        joint = AdaMAE(self.mae, self.sampler) if args.mask_type == "adamae" else self.mae
-        self.backend = self._backend(joint, args.lr, args.opt_eps, args.clip_grad, args.amp)
-        self.tats_backend = None
-        if args.mask_type == "tats":
+        joint = self.sampler.learned and not self.sampler.own_optimizer
+        module = JointModel(self.mae, self.sampler) if joint else self.mae
+        self.backend = self._backend(module, args.lr, args.opt_eps, args.clip_grad, args.amp)
+        self.agent = None  # the backend of a sampler with an optimizer of its own
+        if self.sampler.own_optimizer:
             # A ratio of two evaluations would be mostly rounding in bf16: only the one-pass form may use it.
             one_pass = args.tats_rollout_steps == args.ppo_epochs == 1
             amp = args.amp if one_pass else "none"
-            self.tats_backend = self._backend(self.sampler, args.tats_lr, args.tats_eps, None, amp)
+            self.agent = self._backend(Policy(self.sampler), args.tats_lr, args.tats_eps, None, amp)
         self.sampler.to(device)
 
     def _backend(self, module: torch.nn.Module, lr: float, eps: float, clip_grad: float | None, amp: str) -> Backend:
@@ -303,14 +285,28 @@ class Run:
             compile=self.args.compile,
         )  # fmt: skip
 
-    @property
-    def learned(self) -> str:
-        """The key of a learned sampler in checkpoints, or ""."""
-        return self.args.mask_type if self.args.mask_type in LEARNED_SAMPLERS else ""
+    def backends(self) -> dict[str, Backend]:
+        """By the names they have in output files."""
+        return {"mae": self.backend} | ({self.learned: self.agent} if self.agent else {})
+
+    def warming_up(self, epoch: int) -> bool:
+        """Whether masks are still random in this epoch."""
+        return self.sampler.own_optimizer and epoch < self.args.tats_start_epoch
+
+    def train_one_epoch(
+        self, loader, recipe: PretrainRecipe, epoch: int, state: RunState | None = None
+    ) -> dict[str, float]:
+        """By the engine that the sampler needs; returns epoch means."""
+        if self.agent and not self.warming_up(epoch):
+            return engine_for_tats.train_one_epoch(
+                self.backend, self.agent, self.sampler, loader, recipe, phases(self.args), epoch, state
+            )
+        sampler = self.warmup_sampler if self.agent else self.sampler
+        return engine_for_pretraining.train_one_epoch(self.backend, sampler, loader, recipe, epoch, state)
 
     def state(self, epoch: int, step: int, midway: dict | None = None) -> dict:
         """What checkpoint-N.pth holds; `model` has VideoMAE's names and nothing of the sampler. epoch: the last whole
-        one; midway: where in the next one training stands. Every process has to ask."""
+        one; midway: where in the next one training is. Every rank calls it."""
         state = {
             "model": self.backend.weights(self.mae),
             **self.backend.state_dict(),
@@ -320,21 +316,20 @@ class Run:
             "args": vars(self.args),
         }
         if self.learned:
-            owner = self.tats_backend or self.backend
+            owner = self.agent or self.backend
             state[self.learned] = owner.weights(self.sampler)
-        if self.tats_backend is not None:
-            tats = self.tats_backend.state_dict()
-            state |= {"tats_optimizer": tats["optimizer"], "tats_scaler": tats["scaler"]}
+        if self.agent is not None:
+            state |= {f"{self.learned}_{name}": value for name, value in self.agent.state_dict().items()}
         return state | ({"midway": midway} if midway else {})
 
     @torch.no_grad()
-    def draw_masks(self, dataset, recipe: PretrainRecipe, warming_up: bool) -> torch.Tensor:
+    def draw_masks(self, dataset, recipe: PretrainRecipe, epoch: int) -> torch.Tensor:
         """Picture uint8 [3, H, W] of the masks of a few clips, the same in every epoch. Training does not notice."""
         items = [dataset[index, index] for index in range(min(4, len(dataset)))]
         clips = torch.stack([item["video"][0] for item in items]).to(self.device)
         seed = torch.stack([item["seed"][0] for item in items]).to(self.device)
         pixels, video = normalize(clips, recipe.mean, recipe.std)
-        sampler = self.warmup_sampler if self.warmup_sampler is not None and warming_up else self.sampler
+        sampler = self.warmup_sampler if self.warming_up(epoch) else self.sampler
         sampler.eval()
         tokens = self.mae.encoder.patch_embed(video) if sampler.needs_tokens else None
         mask = sampler.draw_mask(video, seed, tokens)
@@ -346,7 +341,7 @@ class Run:
         args = self.args
         path, state = open_finetune(args)
         weights = model_weights(state, path, tuple(args.model_key.split("|")), (), args.model_prefix)
-        weights, samplers = split_samplers(state, weights)
+        weights, samplers = split_samplers(state, weights, SAMPLERS)
         log(f"{path}: autoencoder: {load_pretrained(self.mae, weights, path)}")
         if self.learned and self.learned in samplers and args.finetune_sampler:
             try:
@@ -379,11 +374,10 @@ class Run:
         """Restores all but the weights; returns the epoch after the last whole one. Raises CheckpointError."""
         with restoring("optimizer", path, "--opt, --mask_type, or damaged"):
             self.backend.load_state_dict(state)
-            if self.tats_backend is not None:
-                self.tats_backend.load_state_dict(
-                    {"optimizer": state["tats_optimizer"], "scaler": state["tats_scaler"]}
-                )
-            for backend in filter(None, (self.backend, self.tats_backend)):
+            if self.agent is not None:
+                own = {name: state[f"{self.learned}_{name}"] for name in ("optimizer", "scaler")}
+                self.agent.load_state_dict(own)
+            for backend in self.backends().values():
                 check_moments(backend.optimizer, path)
         with restoring("random state", path):
             set_rng_state(state["rng"], self.device)
@@ -409,13 +403,11 @@ def train(args) -> None:
     seed_everything(args.seed, args.rank)  # dropout and stochastic depth differ between ranks
 
     output, log_writer = open_output(args)
-    write_deepspeed_configs(output, {"mae": run.backend} | ({"tats": run.tats_backend} if run.tats_backend else {}))
+    write_deepspeed_configs(output, run.backends())
     recipe = PretrainRecipe(
         grid=run.mae.grid,
         loss=args.loss,
         normalize_target=args.normalize_target,
-        log_writer=log_writer,
-        output=output,
         **recipe_settings(args, device, steps_per_epoch),
     )
     log(
@@ -425,7 +417,7 @@ def train(args) -> None:
         f"\n{describe_schedule(args, recipe)}"
     )
 
-    first_epoch, recipe.midway = resume(run, args, found, steps_per_epoch)
+    first_epoch, midway = resume(run, args, found, steps_per_epoch)
     found = None  # or every process would hold it during the whole run
     if output and is_main_process():
         drop_epochs_from(output / "log.txt", first_epoch)
@@ -433,43 +425,35 @@ def train(args) -> None:
         log(f"nothing to do: {args.epochs} epochs are finished")
         return
     start = time.time()
-    with PreemptionWatch(args.save_ckpt_minutes if output else 0) as recipe.watch, closing(log_writer):
-        train_epochs(run, loader, recipe, first_epoch, output)
+    with PreemptionWatch(args.save_ckpt_minutes if output else 0) as watch, closing(log_writer):
+        state = RunState(output=output, log_writer=log_writer, watch=watch, midway=midway)
+        train_epochs(run, loader, recipe, state, first_epoch)
     log(f"training took {format_time(time.time() - start)}")
 
 
-def train_epochs(run: Run, loader, recipe: PretrainRecipe, first_epoch: int, output: Path | None) -> None:
+def train_epochs(run: Run, loader, recipe: PretrainRecipe, state: RunState, first_epoch: int) -> None:
     """Epochs from first_epoch to the last, each logged and, where --save_ckpt_freq says so, saved. Raises Preempted."""
-    args = run.args
+    args, output = run.args, state.output
 
     def save_midway(epoch: int, where: dict) -> bool:
-        state = run.state(epoch - 1, epoch * recipe.steps_per_epoch + where["steps"], where)
-        return save(args, output, state, epoch, where)
+        checkpoint = run.state(epoch - 1, epoch * recipe.steps_per_epoch + where["steps"], where)
+        return save(args, output, checkpoint, epoch, where)
 
-    recipe.save = save_midway if output else None
+    state.save = save_midway if output else None
     guard = SamplerGuard()
     for epoch in range(first_epoch, args.epochs):
-        done = recipe.midway["steps"] * args.accum_iter if recipe.midway else 0
+        done = state.midway["steps"] * args.accum_iter if state.midway else 0
         loader.sampler.set_epoch(epoch, done * loader.batch_size)
-        if args.mask_type != "tats":
-            stats = engine_for_pretraining.train_one_epoch(
-                run.backend, run.sampler, loader, recipe, epoch, args.adamae_coef
-            )
-        elif epoch < args.tats_start_epoch:
-            stats = engine_for_pretraining.train_one_epoch(run.backend, run.warmup_sampler, loader, recipe, epoch)
-        else:
-            stats = engine_for_tats.train_one_epoch(
-                run.backend, run.tats_backend, loader, recipe, ppo_settings(args), epoch
-            )
-        if recipe.log_writer is not None and args.picture_freq and (epoch + 1) % args.picture_freq == 0:
-            picture = run.draw_masks(loader.dataset, recipe, epoch < args.tats_start_epoch)
-            recipe.log_writer.add_image("masks", picture, (epoch + 1) * recipe.steps_per_epoch)
+        stats = run.train_one_epoch(loader, recipe, epoch, state)
+        if state.log_writer is not None and args.picture_freq and (epoch + 1) % args.picture_freq == 0:
+            picture = run.draw_masks(loader.dataset, recipe, epoch)
+            state.log_writer.add_image("masks", picture, (epoch + 1) * recipe.steps_per_epoch)
         for warning in guard.check(stats):
             log(f"warning: {warning}")
         # before the checkpoint: a resume takes away lines, it cannot add one
         record = {f"train_{name}": value for name, value in stats.items()}
         write_log(output, record | {"epoch": epoch, "n_parameters": run.num_parameters})
-        last, decision = epoch + 1 == args.epochs, recipe.watch.decide_now()
+        last, decision = epoch + 1 == args.epochs, state.watch.decide_now()
         written = False
         if output and (last or decision != GO_ON or (epoch + 1) % args.save_ckpt_freq == 0):
             written = save(args, output, run.state(epoch, (epoch + 1) * recipe.steps_per_epoch), epoch, must=last)

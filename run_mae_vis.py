@@ -24,7 +24,15 @@ from datasets.lists import ListError, read_list
 from datasets.transforms import mean_and_std, normalize
 from masking_generator import Mask, motion_energy, motion_lift
 from modeling_pretrain import normalize_patches, patchify, token_error, unpatchify
-from run_mae_pretraining import build_mae, build_sampler, check_flags, get_parser, load_pretrained, load_sampler
+from run_mae_pretraining import (
+    SAMPLERS,
+    build_mae,
+    build_sampler,
+    check_flags,
+    get_parser,
+    load_pretrained,
+    load_sampler,
+)
 from runtime.checkpoint import CheckpointError, model_weights, open_checkpoint, saved_args, split_samplers
 from runtime.mask_pictures import darken
 from runtime.resume import saved_defaults
@@ -65,7 +73,7 @@ class Trained:
         parser = get_parser()
         given = parser.parse_args(overrides)
         weights = model_weights(state, path, tuple(given.model_key.split("|")), (), given.model_prefix)
-        weights, samplers = split_samplers(state, weights)
+        weights, samplers = split_samplers(state, weights, SAMPLERS)
         known = [action.dest for action in parser._actions]
         if len(samplers) == 1:  # AdaMAE's file need not say so
             parser.set_defaults(mask_type=next(iter(samplers)))
@@ -79,7 +87,7 @@ class Trained:
                 f"{path}: an encoder without a decoder ({missing[0]}, ...), which reconstructs nothing"
             )
         self.sampler = build_sampler(self.args, self.mae).eval()
-        if self.args.mask_type in ("adamae", "tats"):
+        if self.sampler.learned:
             if self.args.mask_type not in samplers:
                 raise CheckpointError(f"{path}: holds no {self.args.mask_type} sampler; give another --mask_type")
             load_sampler(self.sampler, samplers[self.args.mask_type], state, path, self.args)
@@ -160,9 +168,11 @@ def mask_row(trained: Trained, pixels: torch.Tensor, mask: Mask, top_k: bool) ->
 @torch.no_grad()
 def attention_row(trained: Trained, clip: torch.Tensor, token: list[int] | None) -> tuple[str, np.ndarray, None]:
     """The frames in grey under the attention of one token, which is outlined in its own frame. Raises UsageError."""
-    if trained.args.mask_type != "tats" or trained.args.tats_attention == "mha":
-        kind = trained.args.mask_type + " mha" * (trained.args.mask_type == "tats")
-        raise UsageError(f"--attention: {trained.path} is of {kind}, which has no trajectory attention")
+    if not getattr(trained.sampler, "has_trajectories", False):
+        raise UsageError(
+            f"--attention: {trained.path} has no trajectory attention, it was trained with --mask_type "
+            f"{trained.args.mask_type} --tats_attention {trained.args.tats_attention}"
+        )
     pixels, video = normalize(clip.unsqueeze(0), trained.mean, trained.std)
     grid = trained.mae.grid
     if token is None:

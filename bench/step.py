@@ -39,10 +39,8 @@ from common import (
 )
 from reference import build_reference, reference_steps
 
-import engine_for_pretraining
-import engine_for_tats
 from engine_for_pretraining import PretrainRecipe
-from run_mae_pretraining import Run, check_flags, get_parser, ppo_settings
+from run_mae_pretraining import Run, check_flags, get_parser
 from runtime.build import effective_batch, recipe_settings
 from runtime.flags import resolve_amp
 from runtime.launch import run_script
@@ -122,7 +120,7 @@ class Row:
             normalize_target=args.normalize_target,
             **recipe_settings(args, self.device, 1),
         )
-        self.backends = [backend for backend in (self.run.backend, self.run.tats_backend) if backend is not None]
+        self.backends = [backend for backend in self.run.backends().values()]
         if name == "transformers":
             parts = (self.run.mae, self.run.sampler, self.loader.batch, self.recipe)
             self.backends = [build_reference(*parts, args)]
@@ -133,11 +131,8 @@ class Row:
         with contextlib.redirect_stdout(io.StringIO()):
             if self.name == "transformers":
                 reference_steps(*self.backends, run.sampler, self.loader.batch, recipe)
-            elif self.args.mask_type == "tats":
-                engine_for_tats.train_one_epoch(*self.backends, self.loader, recipe, ppo_settings(self.args), 0)
             else:
-                coef = self.args.adamae_coef
-                engine_for_pretraining.train_one_epoch(*self.backends, run.sampler, self.loader, recipe, 0, coef)
+                run.train_one_epoch(self.loader, recipe, self.args.tats_start_epoch)
 
     def memory(self, dtype: str) -> int | None:
         """Bytes of a step."""

@@ -18,10 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import engine_for_pretraining
-import engine_for_tats
 from engine_for_pretraining import PretrainRecipe
-from run_mae_pretraining import Run, ppo_settings
+from run_mae_pretraining import Run
 from runtime.build import recipe_settings
 
 GPU = torch.device("cuda", 0)
@@ -194,23 +192,16 @@ def prepare(args, device: torch.device) -> tuple[Run, dict, Callable[[int], None
     step of this number (with TATS as many as a phase 1 has) by the engines. On a fake GPU: to be called `with GPU:`."""
     run = Run(args, device)
     recipe = PretrainRecipe(grid=run.mae.grid, loss=args.loss, normalize_target=args.normalize_target,
-                            **recipe_settings(args, device, 10**9))  # fmt: skip
-    recipe.print_freq = 10**9
+                            **recipe_settings(args, device, 10**9) | {"print_freq": 10**9})  # fmt: skip
     shape = (args.batch_size, args.num_frames, 3, args.input_size, args.input_size)
     video = torch.zeros(shape, dtype=torch.uint8, device="cpu")
     batch = {"video": video, "seed": torch.arange(args.batch_size, device="cpu"), "failed": []}
 
     def step(number: int) -> None:
-        count = args.accum_iter * (args.tats_rollout_steps if run.tats_backend else 1)
+        count = args.accum_iter * (args.tats_rollout_steps if run.agent else 1)
         batches = some_batches(batch, count)
         with contextlib.suppress(Enough):
-            if run.tats_backend is None:
-                engine_for_pretraining.train_one_epoch(
-                    run.backend, run.sampler, batches, recipe, number, args.adamae_coef
-                )
-            else:
-                settings = ppo_settings(args)
-                engine_for_tats.train_one_epoch(run.backend, run.tats_backend, batches, recipe, settings, number)
+            run.train_one_epoch(batches, recipe, number + args.tats_start_epoch)
 
     return run, batch, step
 

@@ -8,7 +8,7 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from runtime.foreign_files import CheckpointError, load_checkpoint, weights_in
 
-LEARNED_SAMPLERS = ("adamae", "tats")  # keys in checkpoints of this project
 MODEL_KEYS = ("model", "module")  # where weights are looked for first, as VideoMAE does
 ADAMAE_SAMPLER = ("encoder.get_token_probs.", "encoder.pos_embed_probs")
 
@@ -329,12 +328,14 @@ def _refuse_images(weights: list[Tensor], path: str | Path) -> None:
         )
 
 
-def split_samplers(state: dict, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """(the autoencoder's of model_weights without drop, {"adamae" or "tats": the sampler's tensors} as far as they are
-    there). This project keeps samplers beside the model, AdaMAE inside the encoder."""
+def split_samplers(
+    state: dict, weights: dict[str, Tensor], names: Iterable[str]
+) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """(the autoencoder's of model_weights without drop, {name: the sampler's tensors} of those learned samplers that
+    the checkpoint has). This project keeps samplers beside the model under their names, AdaMAE inside the encoder."""
     inside = {name: value for name, value in weights.items() if name.startswith(ADAMAE_SAMPLER)}
     samplers = {"adamae": {n.removeprefix("encoder."): v for n, v in inside.items()}} if inside else {}
-    samplers |= {kind: state[kind] for kind in LEARNED_SAMPLERS if isinstance(state.get(kind), dict)}
+    samplers |= {name: state[name] for name in names if isinstance(state.get(name), dict)}
     return {name: value for name, value in weights.items() if name not in inside}, samplers
 
 
@@ -447,14 +448,15 @@ def position_grid(state: dict, table: Tensor, grid: tuple[int, int, int], tubele
 
 
 # What the entries of a run's checkpoint are.
-KINDS = {name: dict for name in ("model", "model_ema", "adamae", "tats", "optimizer", "scaler", "tats_optimizer",
-                                 "tats_scaler", "best")}  # fmt: skip
+KINDS = {name: dict for name in ("model", "model_ema", "optimizer", "scaler", "best")}
 KINDS |= {"rng": list, "epoch": int, "step": int, "unvalidated": dict | None, "midway": dict | None}
 
 
 def check_run_state(state: dict, path: str | Path) -> None:
     """Raises CheckpointError where an entry that is there is not of its kind."""
-    for name, kind in KINDS.items():
+    mask_type = saved_args(state, path).get("mask_type")
+    sampler = {f"{mask_type}{part}": dict for part in ("", "_optimizer", "_scaler")}
+    for name, kind in (KINDS | sampler).items():
         if name in state and (not isinstance(state[name], kind) or isinstance(state[name], bool)):
             wanted = getattr(kind, "__name__", kind)
             raise CheckpointError(f"{path}: its {name} is a {type(state[name]).__name__}, not a {wanted}")
@@ -473,7 +475,6 @@ def check_run_state(state: dict, path: str | Path) -> None:
         and isinstance(midway.get("seconds"), list)
     ):
         raise CheckpointError(f"{path}: its midway does not say where in an epoch it is")
-    saved_args(state, path)
 
 
 def saved_args(state: dict, path: str | Path) -> dict:

@@ -17,9 +17,9 @@ MAX_SKIPPED_IN_A_ROW = 20
 SKIPPED_STEPS = "skipped_steps.jsonl"  # in the output folder
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What an epoch needs besides models and data; steps count optimizer steps over the whole run."""
+    """What an epoch needs besides models and data, the same during a whole run; steps count optimizer steps over it."""
 
     mean: Tensor  # of the input's channels, float32 [3] on the device
     std: Tensor
@@ -32,11 +32,6 @@ class Recipe:
     steps_per_epoch: int = 1
     epochs: int = 1
     print_freq: int = 20
-    log_writer: object = None
-    output: Path | None = None  # folder for skipped_steps.jsonl
-    watch: PreemptionWatch | None = None  # signals and clock, while there is something to save
-    save: Callable[[int, dict], bool] | None = None  # (epoch, where in it) -> written; called by all processes
-    midway: dict | None = None  # where in its first epoch a resumed run stands, see EpochRunner.where
 
     @property
     def total_steps(self) -> int:
@@ -50,13 +45,32 @@ class Recipe:
         return lr
 
 
+@dataclass(kw_only=True)
+class RunState:
+    """What belongs to a run under way rather than to its recipe; the default is a run that writes nothing."""
+
+    output: Path | None = None  # folder for skipped_steps.jsonl
+    log_writer: object = None  # SummaryWriter
+    watch: PreemptionWatch | None = None  # signals and clock, while there is something to save
+    save: Callable[[int, dict], bool] | None = None  # (epoch, where in it) -> written; called by all ranks
+    midway: dict | None = None  # where in its first epoch a resumed run continues, see EpochRunner.where
+
+
 class EpochRunner:
     """The frame all engines share: progress, metrics, unreadable videos, skipped steps, saves in mid-epoch, and the
     check that training still moves."""
 
-    def __init__(self, recipe: Recipe, backend: Backend, epoch: int, tats: Backend | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        backend: Backend,
+        epoch: int,
+        state: RunState | None = None,
+        agent: Backend | None = None,  # the sampler's own, where there is one
+    ):
         self.recipe, self.backend, self.epoch = recipe, backend, epoch
-        self.watched = {"": backend} | ({"sampler_": tats} if tats else {})
+        self.state = state or RunState()
+        self.watched = {"": backend} | ({"sampler_": agent} if agent else {})
         self.metrics = Metrics()
         self.steps = recipe.steps_per_epoch * backend.accum_iter
         self.start = 0  # micro-batches of this epoch that a run before this one has done
@@ -66,9 +80,9 @@ class EpochRunner:
         self.unreadable: dict[str, str] = {}
         self.num_failed = 0
         skipped = {name: 0.0 for name in self.watched}
-        if recipe.midway is not None:
-            skipped |= self._go_on(recipe.midway)
-            recipe.midway = None
+        if self.state.midway is not None:
+            skipped |= self._continue(self.state.midway)
+            self.state.midway = None
         self.skipped_before = {name: b.skipped - skipped[name] for name, b in self.watched.items()}  # not read yet
         self._open_window()
 
@@ -99,22 +113,22 @@ class EpochRunner:
         last = index + 1 == self.steps
         if last or (index + 1) % self.recipe.print_freq == 0:
             self._report(index, step, lr, complete)
-        if not complete or last or self.recipe.watch is None:
+        if not complete or last or self.state.watch is None:
             return
-        decision = self.recipe.watch.decide()
+        decision = self.state.watch.decide()
         if decision in (SAVE, STOP):
             if self.progress.window_steps:
                 self._report(index, step, lr, complete)
             where = self.where(index + 1)  # every process
-            written = self.recipe.save is not None and self.recipe.save(self.epoch, where)
+            written = self.state.save is not None and self.state.save(self.epoch, where)
             if decision == STOP:
                 raise Preempted(f"stopped in epoch {self.epoch} after {index + 1} of {self.steps} batches", written)
 
     def _report(self, index: int, step: int, lr: float, complete: bool) -> None:
         values = self.progress.report(index, self.metrics, lr)
-        if self.recipe.log_writer is not None:
+        if self.state.log_writer is not None:
             for name, value in {**values, "lr": lr}.items():
-                self.recipe.log_writer.add_scalar(f"train/{name}", value, step)
+                self.state.log_writer.add_scalar(f"train/{name}", value, step)
         if complete:  # or a skipped step's micro-batches would be in two windows
             self._record_skipped_steps()
         in_a_row = int(max(backend.skipped_in_a_row for backend in self.watched.values()))
@@ -151,17 +165,17 @@ class EpochRunner:
         culprits = [entry for entry in reports if entry["loss"] in ("nan", "inf", "-inf")] or reports
         log(
             f"warning: {len(bad)} step(s) skipped, their loss or gradient was not finite"
-            + (f"; their videos: {self.recipe.output / SKIPPED_STEPS}" if self.recipe.output else "")
+            + (f"; their videos: {self.state.output / SKIPPED_STEPS}" if self.state.output else "")
         )
-        if self.recipe.output and is_main_process():
+        if self.state.output and is_main_process():
             try:
                 for entry in culprits:
-                    append_json_line(self.recipe.output / SKIPPED_STEPS, {"epoch": self.epoch} | entry)
+                    append_json_line(self.state.output / SKIPPED_STEPS, {"epoch": self.epoch} | entry)
             except OSError as error:
-                log(f"warning: {self.recipe.output / SKIPPED_STEPS} cannot be written ({error.strerror}): {culprits}")
+                log(f"warning: {self.state.output / SKIPPED_STEPS} cannot be written ({error.strerror}): {culprits}")
 
     def where(self, micro_batches: int) -> dict:
-        """What a resume needs to go on after so many micro-batches, of all processes together."""
+        """What a resume needs to continue after this many micro-batches, of all ranks together."""
         return {
             "epoch": self.epoch,
             "steps": micro_batches // self.backend.accum_iter,
@@ -177,8 +191,8 @@ class EpochRunner:
     def _micro_batches_a_step(self) -> int:
         return self.backend.accum_iter * world_size()
 
-    def _go_on(self, midway: dict) -> dict[str, float]:
-        """Takes over what `where` says; returns steps skipped in this epoch."""
+    def _continue(self, midway: dict) -> dict[str, float]:
+        """Restores what `where` says; returns the number of steps skipped in this epoch, per backend."""
         self.start = midway["steps"] * self.backend.accum_iter
         weight = self._micro_batches_a_step() / midway["micro_batches_a_step"]  # a step counts as much on any number
         self.metrics.load(midway["metrics"], self.recipe.mean.device, weight)

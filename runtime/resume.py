@@ -191,6 +191,7 @@ def save(args, output: Path, state: dict, epoch: int, where: dict | None = None,
 
 
 def is_finite(state: dict) -> bool:
-    """Whether all weights in a checkpoint's state are."""
-    weights = [value for part in ("model", "adamae", "tats") for value in state.get(part, {}).values()]
+    """Whether all weights in a checkpoint's state are, those of a learned sampler too."""
+    parts = ("model", state["args"].get("mask_type"))
+    weights = [value for part in parts for value in state.get(part, {}).values()]
     return bool(torch.stack([value.isfinite().all() for value in weights]).all())

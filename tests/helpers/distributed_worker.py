@@ -46,7 +46,7 @@ def watch_step(runner, index, step, lr, loss, complete):
     if isinstance(runner.backend, DeepSpeedBackend) and runner.backend.stage == 3:
         partitioned.append(sum(p.numel() == 0 for p in runner.backend.unwrapped.parameters()))
     if step == case.get("stop_at") and last_process():
-        runner.recipe.watch.signal = "SIGTERM"
+        runner.state.watch.signal = "SIGTERM"
     end_micro_batch(runner, index, step, lr, loss, complete)
 
 

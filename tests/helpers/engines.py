@@ -5,21 +5,20 @@ import sys
 import torch
 from torch import nn
 
-import engine_for_pretraining
-import engine_for_tats
 import run_class_finetuning
 import run_mae_pretraining
 from datasets.transforms import mean_and_std
 from engine_for_finetuning import FinetuneRecipe
 from engine_for_pretraining import PretrainRecipe
-from run_mae_pretraining import Run, check_flags, get_parser, ppo_settings
+from run_mae_pretraining import Run, check_flags, get_parser
 from tests.helpers.runs import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 from without_gpu import GPU  # noqa: E402
 
 FLAGS = """--model pretrain_videomae_tiny_patch8_64 --input_size 16 --patch_size 4 --num_frames 8 --decoder_depth 2
-    --batch_size 2 --num_landmarks 5 --device cpu --amp none --lr 1e-3 --tats_lr 1e-3 --adamae_coef 0.01""".split()
+    --batch_size 2 --num_landmarks 5 --device cpu --amp none --lr 1e-3 --tats_lr 1e-3
+    --adamae_coef 0.01 --tats_start_epoch 0""".split()
 NUM_TOKENS, NUM_MASKED, HEADS = 64, 48, (4, 2)
 
 
@@ -44,10 +43,7 @@ def make_batch(i):
 
 
 def train_step(run, i):
-    step, args = ([make_batch(i)], run.recipe), run.args
-    if run.tats_backend is None:
-        return engine_for_pretraining.train_one_epoch(run.backend, run.sampler, *step, i, args.adamae_coef)
-    return engine_for_tats.train_one_epoch(run.backend, run.tats_backend, *step, ppo_settings(args), i)
+    return run.train_one_epoch([make_batch(i)], run.recipe, i)
 
 
 # --- on `cuda`

@@ -146,8 +146,8 @@ def test_a_run_from_resume_goes_on_with_its_own_saves(shapes, tmp_path, at_step,
 
 
 def test_the_clock_is_heard_at_the_end_of_an_epoch(shapes, tmp_path, at_step):
-    at_step(6, lambda runner: setattr(runner.recipe.watch, "save_seconds", 1e-9))
-    at_step(7, lambda runner: setattr(runner.recipe.watch, "save_seconds", 0))
+    at_step(6, lambda runner: setattr(runner.state.watch, "save_seconds", 1e-9))
+    at_step(7, lambda runner: setattr(runner.state.watch, "save_seconds", 0))
     run(shapes, tmp_path, "--save_ckpt_freq", "9")
     assert [path.name for path in checkpoint_files(tmp_path)] == ["checkpoint-1.pth", "checkpoint-0.pth"]
 

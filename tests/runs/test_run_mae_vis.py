@@ -108,7 +108,7 @@ def test_attention_errors_are_said(trained):
     vis, clip = clip_of(trained, "tats")
     with pytest.raises(run_mae_vis.UsageError, match="--token 2 0 0: the grid has 2 x 4 x 4"):
         run_mae_vis.attention_row(vis, clip, [2, 0, 0])
-    with pytest.raises(run_mae_vis.UsageError, match="adamae, which has no trajectory attention"):
+    with pytest.raises(run_mae_vis.UsageError, match="--attention.*--mask_type adamae"):
         run_mae_vis.attention_row(*clip_of(trained, "adamae"), None)
 
 

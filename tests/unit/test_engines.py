@@ -1,6 +1,7 @@
 """The engines against Algorithm 1 written out naively: plain optimizers, everything recomputed, nothing shared."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 import engine_for_pretraining
 import engine_for_tats
 from engine_for_pretraining import PretrainRecipe
-from engine_for_tats import PPOSettings
-from masking_generator import RandomMask
-from modeling_adamae import AdaMAE, AdaMAESampler
-from modeling_pretrain import pretrain_videomae_tiny_patch8_64
+from engine_for_tats import Phases
+from masking_generator import Policy, RandomMask
+from modeling_adamae import AdaMAESampler
+from modeling_pretrain import JointModel, pretrain_videomae_tiny_patch8_64
 from modeling_tats import TATS
 from runtime import epoch as epoch_runner
 from runtime.backend import Backend
@@ -44,8 +45,8 @@ class Batches:
 def models(sampler_class):
     torch.manual_seed(0)
     mae = pretrain_videomae_tiny_patch8_64(img_size=16, all_frames=4, decoder_depth=1)
-    extra = (4, "trajectory") if sampler_class is TATS else ()
-    sampler = sampler_class(mae.grid, 0.5, 96, *extra)
+    settings = dict(num_heads=4, attention="trajectory") if sampler_class is TATS else dict(coef=1.0)
+    sampler = sampler_class(mae.grid, 0.5, 96, **settings)
     if sampler_class is TATS:
         torch.nn.init.normal_(sampler.actor.weight)  # away from uniform, so that a wrong policy shows
     for module in sampler.modules():  # AdaMAE's dropout would need the same random stream in both loops
@@ -57,6 +58,13 @@ def models(sampler_class):
 def recipe_for(mae, accum_iter=1):
     half = torch.full((3,), 0.5)
     return PretrainRecipe(grid=mae.grid, mean=half, std=half, lr=LR, min_lr=LR, steps_per_epoch=STEPS // accum_iter)
+
+
+def joint_training(mae, tats, batches, recipe, phases, epoch=0, **backends):
+    """engine_for_tats with a plain optimizer each; stats."""
+    mae_backend = backends.pop("mae_backend", None) or backend(mae, LR, **backends)
+    agent = backend(Policy(tats), TATS_LR, **backends)
+    return engine_for_tats.train_one_epoch(mae_backend, agent, tats, batches, recipe, phases, epoch)
 
 
 def backend(module, lr, accum_iter=1, optimizer=torch.optim.SGD, **kwargs):
@@ -76,7 +84,7 @@ def embed(mae, batch):
     return mae.encoder.patch_embed((batch["video"].transpose(1, 2).float() / 255 - 0.5) / 0.5)
 
 
-def naive_tats(mae, tats, batches, settings: PPOSettings, accum_iter: int):
+def naive_tats(mae, tats, batches, settings: Phases, accum_iter: int):
     """Phase 1 and 2 of Algorithm 1; theta is asked anew in phase 2 also where the policy has not moved."""
     phi = torch.optim.SGD(mae.parameters(), lr=LR)
     theta = torch.optim.SGD(tats.parameters(), lr=TATS_LR)
@@ -110,7 +118,7 @@ def naive_tats(mae, tats, batches, settings: PPOSettings, accum_iter: int):
                     mean, deviation = moments[index - index % accum_iter]
                     advantage = (advantage - mean) / deviation
                 ratio = (new.log_prob.gather(1, masked) - old).exp()
-                clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)
+                clipped = ratio.clamp(0.8, 1.2)
                 objective = torch.min(ratio * advantage, clipped * advantage).mean()
                 value_loss = ((new.value - reward.mean(1)) ** 2).mean()
                 entropy = -(new.log_prob.exp() * new.log_prob).sum(1).mean()
@@ -136,11 +144,8 @@ def test_tats_engine_is_algorithm_1(rollout, passes, accum_iter, normalize):
     over an optimizer step of TATS, which is accum_iter micro-batches, however many are recorded."""
     mae, tats = models(TATS)
     mae2, tats2 = copy.deepcopy(mae), copy.deepcopy(tats)
-    settings = PPOSettings(rollout_steps=rollout, epochs=passes, normalize_advantage=normalize)
-    stats = engine_for_tats.train_one_epoch(
-        backend(mae, LR, accum_iter), backend(tats, TATS_LR, accum_iter), Batches(), recipe_for(mae, accum_iter),
-        settings, epoch=0,
-    )  # fmt: skip
+    settings = Phases(rollout_steps=rollout, epochs=passes, normalize_advantage=normalize)
+    stats = joint_training(mae, tats, Batches(), recipe_for(mae, accum_iter), settings, accum_iter=accum_iter)
     start = copy.deepcopy(tats2.actor.weight)
     loss = naive_tats(mae2, tats2, Batches().batches, settings, accum_iter)
     assert stats["loss"] == pytest.approx(loss, rel=1e-4)
@@ -150,13 +155,13 @@ def test_tats_engine_is_algorithm_1(rollout, passes, accum_iter, normalize):
     assert_same_weights(tats, tats2)
 
 
-@pytest.mark.parametrize("settings", [PPOSettings(epochs=2), PPOSettings(rollout_steps=2)])
+@pytest.mark.parametrize("settings", [Phases(epochs=2), Phases(rollout_steps=2)])
 def test_several_passes_in_full_precision_beside_an_autoencoder_in_bf16(settings):
     mae, tats = models(TATS)
     before = copy.deepcopy(tats.state_dict())
     optimizer = torch.optim.SGD(mae.parameters(), lr=LR)
     half = Backend(mae, optimizer, torch.device("cpu"), amp="bf16")
-    stats = engine_for_tats.train_one_epoch(half, backend(tats, TATS_LR), Batches(), recipe_for(mae), settings, 0)
+    stats = joint_training(mae, tats, Batches(), recipe_for(mae), settings, mae_backend=half)
     assert math.isfinite(stats["loss"]) and stats["approx_kl"] >= 0
     assert any(not torch.equal(value, before[name]) for name, value in tats.state_dict().items())
 
@@ -164,21 +169,17 @@ def test_several_passes_in_full_precision_beside_an_autoencoder_in_bf16(settings
 def test_an_incomplete_rollout_is_used_at_the_end_of_the_epoch():
     mae, tats = models(TATS)
     mae2, tats2 = copy.deepcopy(mae), copy.deepcopy(tats)
-    settings = PPOSettings(rollout_steps=4)  # six steps: four, then two
-    engine_for_tats.train_one_epoch(
-        backend(mae, LR), backend(tats, TATS_LR), Batches(), recipe_for(mae), settings, epoch=0
-    )
+    settings = Phases(rollout_steps=4)  # six steps: four, then two
+    joint_training(mae, tats, Batches(), recipe_for(mae), settings)
     naive_tats(mae2, tats2, Batches().batches, settings, 1)
     assert_same_weights(tats, tats2)
 
 
 def test_adamae_engine_is_one_joint_loss():
     mae, sampler = models(AdaMAESampler)
-    joint = AdaMAE(mae, sampler)
+    joint = JointModel(mae, sampler)
     reference = copy.deepcopy(joint)
-    stats = engine_for_pretraining.train_one_epoch(
-        backend(joint, LR), sampler, Batches(), recipe_for(mae), epoch=0, sampling_coef=1.0
-    )
+    stats = engine_for_pretraining.train_one_epoch(backend(joint, LR), sampler, Batches(), recipe_for(mae), epoch=0)
     optimizer = torch.optim.SGD(reference.parameters(), lr=LR)
     total = 0.0
     for batch in Batches():
@@ -224,7 +225,7 @@ def test_training_that_stops_moving_is_said(monkeypatch):
 
 @pytest.mark.parametrize(
     "settings,accum_iter",
-    [(PPOSettings(), 1), (PPOSettings(normalize_advantage=True), 1), (PPOSettings(normalize_advantage=True), 2)],
+    [(Phases(), 1), (Phases(normalize_advantage=True), 1), (Phases(normalize_advantage=True), 2)],
 )
 def test_no_step_waits_for_the_device(settings, accum_iter, monkeypatch):
     """Reading a tensor's value would: inside the steps of an epoch no .item(), .tolist(), bool() or float() happens."""
@@ -238,8 +239,7 @@ def test_no_step_waits_for_the_device(settings, accum_iter, monkeypatch):
             return original(self, *args)
 
         monkeypatch.setattr(torch.Tensor, name, watched)
-    recipe = recipe_for(mae, accum_iter)
-    recipe.print_freq = 1000
+    recipe = dataclasses.replace(recipe_for(mae, accum_iter), print_freq=1000)
     counts = []
 
     class Counting(Batches):
@@ -249,8 +249,7 @@ def test_no_step_waits_for_the_device(settings, accum_iter, monkeypatch):
                 yield batch
 
     fused = dict(optimizer=torch.optim.AdamW, fused=True)
-    backends = backend(mae, 1e-3, accum_iter, **fused), backend(tats, 1e-3, accum_iter, **fused)
-    engine_for_tats.train_one_epoch(*backends, Counting(), recipe, settings, epoch=0)
+    joint_training(mae, tats, Counting(), recipe, settings, accum_iter=accum_iter, **fused)
     assert counts[-1] == counts[accum_iter], reads  # the first step may set things up, the last prints
 
 
@@ -258,9 +257,9 @@ def test_sampler_steps_that_are_not_finite_are_counted_and_stop_training(monkeyp
     mae, tats = models(TATS)
     with torch.no_grad():
         tats.critic[-1].bias.fill_(float("nan"))
-    backends = backend(mae, LR), backend(tats, TATS_LR)
-    stats = engine_for_tats.train_one_epoch(*backends, Batches(), recipe_for(mae), PPOSettings(), epoch=0)
+    backends = backend(mae, LR), backend(Policy(tats), TATS_LR), tats
+    stats = engine_for_tats.train_one_epoch(*backends, Batches(), recipe_for(mae), Phases(), epoch=0)
     assert (stats["skipped_steps"], stats["sampler_skipped_steps"]) == (0, STEPS)
     monkeypatch.setattr(epoch_runner, "MAX_SKIPPED_IN_A_ROW", STEPS)
     with pytest.raises(epoch_runner.UsageError, match="not finite"):
-        engine_for_tats.train_one_epoch(*backends, Batches(), recipe_for(mae), PPOSettings(), epoch=0)
+        engine_for_tats.train_one_epoch(*backends, Batches(), recipe_for(mae), Phases(), epoch=0)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import ppo
-from modeling_adamae import AdaMAE, AdaMAESampler, sampling_loss
+from modeling_adamae import AdaMAESampler
 from modeling_finetune import Probe, VisionTransformer
-from modeling_pretrain import PretrainVisionTransformer, reconstruction_target, token_error
+from modeling_pretrain import JointModel, PretrainVisionTransformer, reconstruction_target, token_error
 from modeling_tats import ATTENTIONS, TATS
 from optim_factory import create_optimizer, parameter_groups
 from run_mae_pretraining import get_parser
@@ -166,7 +166,7 @@ def adamae_loss(model):
     video = video_like(model)
     prediction, mask = model(video, torch.arange(BATCH))
     error = token_error(prediction, reconstruction_target(video, mask, GRID, True), "mse")
-    return error.mean() + sampling_loss(mask, error, 1.0)
+    return error.mean() + model.sampler.loss(mask.log_prob, None, ppo.record(None, mask, error))[0]
 
 
 def classifier_loss(model):
@@ -187,7 +187,9 @@ CASES = {
         for attention, (blocks, cap) in itertools.product(ATTENTIONS, [(1, 0.0), (2, 2.0)])
     },
     "adamae": (
-        lambda: AdaMAE(make_mae(), AdaMAESampler(GRID, 0.75, DIM)), adamae_loss, {"sampler.get_token_probs.1.bias"}
+        lambda: JointModel(make_mae(), AdaMAESampler(GRID, 0.75, DIM, coef=1.0)),
+        adamae_loss,
+        {"sampler.get_token_probs.1.bias"},
     ),
     "classifier": (lambda: make_encoder(num_classes=5), classifier_loss, set()),
     "attentive probe": (

@@ -6,8 +6,8 @@ from torch import nn
 
 import ppo
 from masking_generator import Mask
-from modeling_adamae import AdaMAE, AdaMAESampler, sampling_loss
-from modeling_pretrain import PretrainVisionTransformer, reconstruction_target, token_error
+from modeling_adamae import AdaMAESampler
+from modeling_pretrain import JointModel, PretrainVisionTransformer, reconstruction_target, token_error
 from modeling_tats import ATTENTIONS, TATS
 from tests.helpers import reference
 
@@ -257,7 +257,8 @@ def test_adamae_sampling_loss_equals_a_naive_loop():
     masked = torch.tensor([[0, 2, 3], [1, 2, 5], [0, 4, 5]])
     error = torch.rand(3, 3, requires_grad=True)
     terms = [log_prob[b, i].item() * error[b, n].item() for b in range(3) for n, i in enumerate(masked[b].tolist())]
-    loss = sampling_loss(Mask(torch.empty(3, 3), masked, log_prob), error)
+    episode = ppo.record(None, Mask(torch.empty(3, 3), masked, log_prob), error)
+    loss, _ = AdaMAESampler(GRID, RATIO, DIM).loss(log_prob, None, episode)
     assert loss.item() == pytest.approx(-1e-4 * sum(terms) / 9, rel=1e-5)
     loss.backward()
     assert error.grad is None
@@ -267,7 +268,7 @@ def test_adamae_sampling_loss_equals_a_naive_loop():
 
 def forward_adamae():
     torch.manual_seed(0)
-    model = AdaMAE(make_mae(), AdaMAESampler(GRID, RATIO, DIM))
+    model = JointModel(make_mae(), AdaMAESampler(GRID, RATIO, DIM))
     pixels = torch.rand(2, 3, 6, 8, 8)
     prediction, mask = model(pixels, torch.arange(2))
     error = token_error(prediction, reconstruction_target(pixels, mask, GRID, True), "mse")
@@ -282,7 +283,7 @@ def test_adamae_predicts_what_its_mae_predicts_for_its_mask():
 
 def test_adamaes_sampling_loss_trains_sampler_and_tokenizer_alone():
     model, _, _, mask, error = forward_adamae()
-    sampling_loss(mask, error).backward()
+    model.sampler.loss(mask.log_prob, None, ppo.record(None, mask, error))[0].backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert {name for name in trained if name.startswith("mae.")} == {
         "mae.encoder.patch_embed.proj.weight",

@@ -226,7 +226,7 @@ def test_the_backward_pass_in_python_gives_the_engines_gradients(flags, monkeypa
             batch["video"].random_(generator=torch.Generator().manual_seed(0))
             for number in range(2):
                 step(number)
-        modules = [b.unwrapped for b in (run.backend, run.tats_backend) if b is not None]
+        modules = [backend.unwrapped for backend in run.backends().values()]
         found.append([p.detach().clone() for module in modules for p in module.parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
