@@ -12,6 +12,8 @@ from modeling_finetune import LAYER_NORM, Attention, get_sinusoid_encoding_table
 from trajectory_attention import TrajectoryAttention
 
 ATTENTIONS = ("orthoformer", "trajectory", "mha")
+OBJECTIVES = ("ppo", "listwise")
+ENTROPIES = ("bonus", "uniform_kl")
 
 
 class TATSBlock(nn.Module):
@@ -72,7 +74,8 @@ class TATSBlock(nn.Module):
 
 
 class TATS(LearnedSampler):
-    """p = softmax(z / temperature) of the actor's logits, and the critic's value, trained by PPO (paper eq. 7-8).
+    """p = softmax(z / temperature) of the actor's logits, and the critic's value, trained by PPO (paper eq. 7-8);
+    objective="listwise": without a critic, by ppo.listwise_loss.
 
     tokens are cut off from the graph that made them: no gradient reaches the MAE. The fixed position table is added
     here (paper eq. 3-5).
@@ -81,7 +84,7 @@ class TATS(LearnedSampler):
     exp(2 C / temperature) times as probable as another. The objective itself has no such bound: it grows with the scale
     of the logits for ever (docs/SAMPLER.md).
 
-    clip, policy_coef, value_coef, entropy_coef: see ppo.sampling_loss.
+    clip, policy_coef, value_coef, entropy_coef, entropy_form: see ppo.sampling_loss; tau: see ppo.listwise_loss.
     """
 
     own_optimizer = True
@@ -96,6 +99,9 @@ class TATS(LearnedSampler):
         "policy_coef": "policy_coef",
         "value_coef": "value_coef",
         "entropy_coef": "entropy_coef",
+        "entropy_form": "entropy",
+        "objective": "tats_objective",
+        "tau": "tats_tau",
     }
 
     def __init__(
@@ -115,12 +121,17 @@ class TATS(LearnedSampler):
         policy_coef: float = 1e-4,
         value_coef: float = 1e-4,
         entropy_coef: float = 1e-4,
+        entropy_form: str = "bonus",
+        objective: str = "ppo",
+        tau: float = 0.1,
     ):
         super().__init__(grid, mask_ratio)
         if attention not in ATTENTIONS:
             raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}; got {attention!r}")
         self.temperature, self.logit_cap = temperature, logit_cap
-        self.ppo = dict(clip=clip, policy_coef=policy_coef, value_coef=value_coef, entropy_coef=entropy_coef)
+        self.objective, self.tau = objective, tau
+        self.ppo = dict(clip=clip, policy_coef=policy_coef, value_coef=value_coef, entropy_coef=entropy_coef,
+                        entropy_form=entropy_form)  # fmt: skip
         table = get_sinusoid_encoding_table(self.num_tokens, dim)
         self.register_buffer("pos_embed", table, persistent=False)
         self.blocks = nn.ModuleList(
@@ -128,11 +139,15 @@ class TATS(LearnedSampler):
             for _ in range(num_blocks)
         )
         self.actor = nn.Linear(dim, 1)
-        self.critic = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
+        heads = [self.actor]
+        self.critic = None
+        if objective == "ppo":
+            self.critic = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
+            heads.append(self.critic[-1])
         self.apply(_init_weights)
         # p = 1/N at the start: a random actor would hide whole regions from the encoder for long. V = 0 too,
         # lest the critic's first estimates differ from clip to clip by more than the rewards do.
-        for head in (self.actor, self.critic[-1]):
+        for head in heads:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
         for bias in (self.actor.bias, self.blocks[-1].mlp.fc2.bias):  # both add the same to every logit
@@ -159,9 +174,9 @@ class TATS(LearnedSampler):
             raise ValueError("--tats_attention mha has no trajectories to draw")
         return last.attn.trajectory_of(last.norm1(x), self.grid[0], token)
 
-    def policy(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def policy(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         x = tokens.detach() + self.pos_embed.to(tokens.dtype)
-        value = self.critic(x.mean(dim=1)).squeeze(-1).float()
+        value = self.critic(x.mean(dim=1)).squeeze(-1).float() if self.critic is not None else None
         for block in self.blocks[:-1]:
             x = block(x, self.grid[0])
         logits = self.blocks[-1].score(x, self.grid[0], self.actor)
@@ -170,6 +185,8 @@ class TATS(LearnedSampler):
         return torch.log_softmax(logits / self.temperature, dim=-1), value
 
     def loss(self, log_prob, value, episode, moments=None) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.objective == "listwise":
+            return ppo.listwise_loss(log_prob, episode, self.tau)
         return ppo.sampling_loss(log_prob, value, episode, moments=moments, **self.ppo)
 
 

@@ -6,6 +6,7 @@ token i its reconstruction error R_i, the baseline one value V a clip. All tenso
 Shapes: B clips, N tokens, N_m masked. log_prob [B, N] of the current policy; old_log_prob, reward [B, N_m]; value [B].
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,12 @@ def entropy(log_prob: Tensor) -> Tensor:
     return -(log_prob.exp() * log_prob).sum(dim=-1).mean()
 
 
+def uniform_kl(log_prob: Tensor) -> Tensor:
+    """KL(uniform || p) = -log N - mean over tokens of log p, mean over clips; nats, 0 = uniform. Unlike entropy it
+    grows without bound as any p goes to 0, so that no token is given up (docs/SAMPLER.md)."""
+    return -(log_prob.mean(dim=-1) + math.log(log_prob.shape[-1])).mean()
+
+
 def value_loss(value: Tensor, reward: Tensor) -> Tensor:
     """Mean over clips of (V - mean over I_m of R_i)^2."""
     return (value - reward.mean(dim=1)).square().mean()
@@ -74,9 +81,12 @@ def sampling_loss(
     policy_coef: float = 1e-4,
     value_coef: float = 1e-4,
     entropy_coef: float = 1e-4,
+    entropy_form: str = "bonus",
     moments: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 8: L_sampling = -(c_p L_clip - c_v L_value + c_e H) of the current policy on a recorded batch.
+
+    entropy_form: "bonus" is H; "uniform_kl" takes -KL(uniform || p) in its place.
 
     moments: see advantage; None leaves the advantages as they are.
     Returns the loss and 0-d diagnostics without gradient. approx_kl is mean((r - 1) - log r) over the masked tokens,
@@ -86,7 +96,7 @@ def sampling_loss(
     ratio = log_ratio.exp()
     objective = clipped_objective(ratio, advantage(episode.reward, episode.value, moments), clip)
     critic_loss = value_loss(value, episode.reward)
-    bonus = entropy(log_prob)
+    bonus = entropy(log_prob) if entropy_form == "bonus" else -uniform_kl(log_prob)
     loss = -(policy_coef * objective - value_coef * critic_loss + entropy_coef * bonus)
     with torch.no_grad():
         diagnostics = {
@@ -97,3 +107,20 @@ def sampling_loss(
             "explained_variance": explained_variance(episode.value, episode.reward),
         }
     return loss, {name: value.detach() for name, value in diagnostics.items()}
+
+
+def listwise_loss(log_prob: Tensor, episode: Episode, tau: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of the policy restricted to the masked tokens against softmax(R / tau) over them, mean over clips
+    (ListNet, Cao 2007). tau in units of error; tau < 0 prefers tokens of low error.
+
+    Convex in the logits; for every set of masked tokens its minimum is at p proportional to exp(R / tau), so it needs
+    no baseline and no bound. Returns the loss and its diagnostic: the KL divergence of the two, 0 where p follows the
+    errors.
+    """
+    target = torch.log_softmax(episode.reward / tau, dim=1)
+    restricted = torch.log_softmax(log_prob.gather(1, episode.masked), dim=1)
+    weight = target.exp()
+    loss = -(weight * restricted).sum(dim=1).mean()
+    with torch.no_grad():
+        divergence = (weight * (target - restricted)).sum(dim=1).mean()
+    return loss, {"policy_loss": divergence}

@@ -16,7 +16,7 @@ from masking_generator import FrameMask, MaskSampler, MotionMask, Policy, Random
 from modeling_adamae import AdaMAESampler
 from modeling_finetune import is_sinusoid_encoding_table
 from modeling_pretrain import JointModel
-from modeling_tats import ATTENTIONS, TATS
+from modeling_tats import ATTENTIONS, ENTROPIES, OBJECTIVES, TATS
 from optim_factory import parameter_groups
 from runtime.backend import Backend
 from runtime.build import create_model, describe_schedule, make_backend, optimizer_steps, recipe_settings
@@ -133,6 +133,11 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--softmax_temp", default=1.0, type=float, help="temperature of TATS's token probabilities")
     group.add_argument("--tats_logit_cap", default=0.0, type=float,
                        help="C > 0 bounds TATS's logits to +-C, lest it collapse; 0: none, as the paper")  # fmt: skip
+    group.add_argument("--tats_objective", default="ppo", choices=list(OBJECTIVES),
+                       help="ppo: the paper's; listwise: cross-entropy to softmax(error / --tats_tau) over the masked "
+                       "tokens, without critic, which cannot collapse (docs/SAMPLER.md)")  # fmt: skip
+    group.add_argument("--tats_tau", default=0.1, type=float,
+                       help="of listwise, in units of error; below 0: hide what is hard to predict")  # fmt: skip
     group.add_argument("--tats_lr", default=1.5e-6, type=float, help="constant, not scaled by the batch size")
     group.add_argument(
         "--tats_eps",
@@ -147,6 +152,8 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--policy_coef", default=1e-4, type=float, help="c_p")
     group.add_argument("--value_coef", default=1e-4, type=float, help="c_v")
     group.add_argument("--entropy_coef", default=1e-4, type=float, help="c_e")
+    group.add_argument("--entropy", default="bonus", choices=list(ENTROPIES),
+                       help="what --entropy_coef weighs: the entropy of p, or -KL(uniform || p)")  # fmt: skip
     group.add_argument("--normalize_advantage", default=False, action=SWITCH,
                        help="to mean 0, deviation 1 over an optimizer step: all ranks, all micro-batches (with "
                        "--accum_iter above 1 this costs one more forward pass of TATS)")  # fmt: skip
@@ -179,6 +186,10 @@ def check_flags(args) -> None:
     )
     if args.softmax_temp < 1e-6:  # float32 logits over it would overflow
         raise UsageError(f"--softmax_temp {args.softmax_temp}: must be at least 1e-6")
+    if not 1e-6 <= abs(args.tats_tau) < float("inf"):  # also true of nan
+        raise UsageError(f"--tats_tau {args.tats_tau}: must be at least 1e-6 away from 0")
+    if args.tats_objective == "listwise" and args.normalize_advantage:
+        raise UsageError("--normalize_advantage: --tats_objective listwise has no advantages, leave it out")
     if not 0 < args.mask_ratio < 1:  # also true of nan
         raise UsageError(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1, both excluded")
     if not 0 <= args.decoder_mask_ratio < 1:

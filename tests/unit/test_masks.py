@@ -14,6 +14,7 @@ from masking_generator import (
     RandomMask,
     TubeMask,
     count_visible,
+    draw,
     gather_tokens,
     gumbel_noise,
     motion_energy,
@@ -22,7 +23,6 @@ from masking_generator import (
     split_by_score,
     uniform_noise,
 )
-from modeling_tats import draw
 from tests.helpers import reference
 
 torch.set_num_threads(1)

@@ -10,7 +10,16 @@ import pytest
 from datasets import moving_shapes
 from datasets.decoding import open_video
 from datasets.lists import read_list
-from datasets.moving_shapes import KINDS, OUTLINES, draw_shape, path_of, render_clip, write_dataset
+from datasets.moving_shapes import (
+    KINDS,
+    OUTLINES,
+    Look,
+    draw_shape,
+    draw_texture,
+    path_of,
+    render_clip,
+    write_dataset,
+)
 
 pytest.importorskip("av")
 SIZE, FRAMES = 48, 16
@@ -78,8 +87,27 @@ def test_finished_data_set_is_left_alone(written, capsys):
     assert "complete, nothing to do" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in written.rglob("*")}
     for change in (dict(seed=3), dict(size=50), dict(val=20)):
-        with pytest.raises(ValueError, match="other settings: choose another folder or delete it"):
+        with pytest.raises(ValueError, match=r"settings \((seed|size|val)\)"):
             write_dataset(written, **SETTINGS | dict(seed=1) | change)
+
+
+def test_a_folder_of_version_1_is_refused(written, tmp_path):
+    settings = json.loads((written / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps(settings | {"version": 1}))
+    with pytest.raises(ValueError, match=rf"{tmp_path.name}.*version 1"):
+        write_dataset(tmp_path, **SETTINGS, seed=1)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [dict(shape_size=[0.3, 0.2]), dict(shape_size=[0, 0.2]), dict(shape_size=[0.2, 0.5]), dict(background_wave=[2, 1]),
+     dict(num_shapes=0), dict(distractors=-1), dict(camera=-0.1), dict(camera=float("nan"))],
+)  # fmt: skip
+def test_a_look_that_makes_no_clip_is_refused(look, tmp_path):
+    (name,) = look
+    with pytest.raises(ValueError, match=f"--{name}"):
+        write_dataset(tmp_path / "x", **SETTINGS, **look)
+    assert not (tmp_path / "x").exists()
 
 
 def test_foreign_folder_and_senseless_settings(tmp_path):
@@ -135,11 +163,67 @@ def test_background_is_still_and_masks_are_where_shapes_are(rendered):
     assert 0.02 < area.min() and area.max() < 0.3
 
 
-def test_no_patch_is_flat(rendered):
-    clips = rendered[0][:100, ::5].astype(float)
+def test_the_shape_is_textured_and_the_background_smooth(rendered):
+    """Patches of 1/8 of the side: inside a shape none is flat, outside all vary little."""
+    clips, masks, _ = rendered
     patch = SIZE // 8
-    patches = clips.reshape(-1, 8, patch, 8, patch, 3).swapaxes(2, 3).reshape(-1, patch * patch, 3)
-    assert patches.std(1).mean(-1).min() > 8 and np.percentile(patches.std(1), 5) > 20  # grey levels
+    cut = lambda x: x.reshape(-1, 8, patch, 8, patch, *x.shape[3:]).swapaxes(2, 3)  # noqa: E731  [n, 8, 8, p, p, ...]
+    variation = cut(clips[:100, 0].astype(float)).std((3, 4)).mean(-1)  # grey levels
+    covered = cut(masks[:100, 0]).mean((3, 4))
+    inside, outside = variation[covered == 1], variation[cut(grow(masks[:100, 0], 1)).mean((3, 4)) == 0]
+    assert len(inside) > 100 and np.percentile(inside, 5) > 12
+    assert np.percentile(outside, 95) < 20 and np.median(outside) < np.median(inside) / 2
+
+
+def render(seed=0, kind="translate_right", size=SIZE, frames=FRAMES, **look):
+    return render_clip(kind, np.random.default_rng(seed), size, frames, Look(**look))
+
+
+def test_shape_size_is_a_radius_in_sides():
+    """A disc of radius r sides covers pi r^2 of the frame."""
+    for size in (32, 64):
+        areas = [render(seed, size=size, frames=2, shape_size=(0.1, 0.1))[1].mean() for seed in range(200)]
+        discs = [
+            area for seed, area in enumerate(areas)
+            if draw_shape_of(seed, size)["outline"] == "disc"
+        ]  # fmt: skip
+        assert len(discs) > 20 and np.allclose(discs, np.pi * 0.01, rtol=0.2)
+
+
+def draw_shape_of(seed, size):
+    """The shape that render draws with this seed."""
+    rng = np.random.default_rng(seed)
+    mean = rng.uniform(0.3, 0.7, 3)
+    draw_texture(rng, size, mean, Look.background_wave)
+    return draw_shape(rng, size, mean, (0.1, 0.1))
+
+
+def test_more_shapes_cover_more_and_distractors_are_not_in_the_mask():
+    one, three = (np.mean([render(seed, num_shapes=n)[1].mean() for seed in range(30)]) for n in (1, 3))
+    assert 2 * one < three < 3 * one  # they may overlap
+    for seed in range(5):
+        (clip, mask), (other, other_mask) = render(seed), render(seed, distractors=3)
+        inside = ~grow(~mask, 1)
+        assert np.array_equal(mask, other_mask) and np.array_equal(clip[inside], other[inside])  # in front
+        assert (np.ptp(other.astype(int), axis=0).max(-1) > 20).sum() > (np.ptp(clip.astype(int), 0).max(-1) > 20).sum()
+
+
+def test_the_camera_pans_background_and_shapes_alike():
+    """Two sides in 16 frames; a shape that stays where it is in the world moves in the frame."""
+    pan = render(3, "spin_clockwise", camera=1 / 16)[1]
+    still = render(3, "spin_clockwise")[1]
+    assert pan.any(0).sum() > 2 * still.any(0).sum()
+    for seed in range(5):
+        (clip, mask), (still, still_mask) = render(seed, camera=1 / 16), render(seed)
+        free = ~(grow(mask, 2) | grow(still_mask, 2)).any(0)
+        changes = [np.ptp(x[:, free].astype(int), 0).mean() for x in (clip, still)]
+        assert free.any() and changes[0] > 10 and changes[1] == 0
+
+
+def test_background_wave_is_in_sides():
+    """A background of one wavelength of 4 sides varies less in a patch than one of 1/4 of a side."""
+    smooth, fine = (np.std(render(1, frames=2, background_wave=(w, w))[0][0, :6, :6], (0, 1)).mean() for w in (4, 0.25))
+    assert 3 * smooth < fine
 
 
 def test_sprites_turn_and_move_as_their_kind_says():
@@ -165,7 +249,7 @@ def test_sprites_turn_and_move_as_their_kind_says():
 def test_clockwise_is_clockwise_on_the_screen(monkeypatch, outline):
     """A shape in the middle that spins by a quarter a frame is the frame before, turned."""
 
-    def quarter_turns(rng, size, mean):
+    def quarter_turns(rng, size, mean, *_):
         shape = draw_shape(rng, size, mean)
         turn = dict(outline=outline, turn=0.3, speed=shape["radius"] * np.pi / 2, centre=np.full(2, size / 2))
         return shape | turn
@@ -187,7 +271,7 @@ def test_shapes_wrap_around():
         _, mask = render_clip("translate_right", np.random.default_rng([1, i]), 64, 40)
         area = mask.sum((1, 2))
         steady += np.ptp(area) < 0.1 * area.mean()
-    assert steady > 15  # half of the clips have one shape; two may overlap
+    assert steady > 35
 
 
 # ----------------------------------------------------------------------------------- only motion shows the label

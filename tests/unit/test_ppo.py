@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import ppo
-from modeling_tats import draw
+from masking_generator import draw
 from tests.helpers import reference
 
 torch.set_num_threads(1)
