@@ -94,24 +94,29 @@ class Trained:
         statistics = mean_and_std(self.args.imagenet_default_mean_and_std)
         self.mean, self.std = map(torch.tensor, statistics)
 
+    def normalize(self, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [B, T, 3, S, S] -> pixels and video float32 [B, 3, T, S, S]."""
+        return normalize(clips, self.mean, self.std)
+
     @torch.no_grad()
     def mask(self, clip: torch.Tensor, seed: int, top_k: bool) -> tuple[torch.Tensor, torch.Tensor, Mask]:
         """clip uint8 [T, 3, S, S] -> pixels, video [1, 3, T, S, S] and the mask."""
-        pixels, video = normalize(clip.unsqueeze(0), self.mean, self.std)
+        pixels, video = self.normalize(clip.unsqueeze(0))
         tokens = self.mae.encoder.patch_embed(video) if self.sampler.needs_tokens else None
         seeds = None if top_k and self.sampler.needs_tokens else torch.tensor([seed])
         return pixels, video, self.sampler(video, seeds, tokens)
 
 
+def middle_frames(length: int, args) -> list[int]:
+    """Indices of the clip in the middle of a video of so many frames."""
+    span = (args.num_frames - 1) * args.sampling_rate + 1
+    start = max((length - span) // 2, 0)
+    return [min(start + i * args.sampling_rate, length - 1) for i in range(args.num_frames)]
+
+
 def read_clip(path: str, args) -> torch.Tensor:
     """The clip in the middle of a video, centre-cropped, uint8 [T, 3, S, S]."""
-
-    def choose(length: int) -> list[int]:
-        span = (args.num_frames - 1) * args.sampling_rate + 1
-        start = max((length - span) // 2, 0)
-        return [min(start + i * args.sampling_rate, length - 1) for i in range(args.num_frames)]
-
-    frames = read_frames(path, choose, args.decoder)
+    frames = read_frames(path, lambda length: middle_frames(length, args), args.decoder)
     clip = frames.permute(0, 3, 1, 2)
     clip = TF.resize(clip, [args.input_size], antialias=True)
     return TF.center_crop(clip, [args.input_size, args.input_size])
@@ -173,7 +178,7 @@ def attention_row(trained: Trained, clip: torch.Tensor, token: list[int] | None)
             f"--attention: {trained.path} has no trajectory attention, it was trained with --mask_type "
             f"{trained.args.mask_type} --tats_attention {trained.args.tats_attention}"
         )
-    pixels, video = normalize(clip.unsqueeze(0), trained.mean, trained.std)
+    pixels, video = trained.normalize(clip.unsqueeze(0))
     grid = trained.mae.grid
     if token is None:
         token = np.unravel_index(int(motion_energy(video, grid).argmax()), grid)
@@ -197,7 +202,7 @@ def attention_row(trained: Trained, clip: torch.Tensor, token: list[int] | None)
 
 def write_gif(path: Path, trained: Trained, clip: torch.Tensor, masks: list[tuple[Trained, Mask]]) -> None:
     """The clip, and beside it the clip as each mask leaves it, every frame, at least 128 pixels high."""
-    pixels = normalize(clip.unsqueeze(0), trained.mean, trained.std)[0]
+    pixels = trained.normalize(clip.unsqueeze(0))[0]
     shown = [pixels] + [darken(pixels, mask, other.mae.grid) for other, mask in masks]
     gap = torch.ones_like(pixels[..., :2])
     strip = torch.cat([part for picture in shown for part in (gap, picture)][1:], dim=-1)[0]

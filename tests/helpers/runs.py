@@ -45,7 +45,8 @@ def free_port() -> int:
 def flags_read(other_scripts: tuple[str, ...]) -> set[str]:
     """Names that some product file reads from args. Checks of a value alone do not count as reading."""
     files = [path for path in ROOT.glob("*.py") if path.name not in other_scripts]
-    return {
+    by_samplers = {flag for sampler in run_mae_pretraining.SAMPLERS.values() for flag in sampler.flags.values()}
+    return by_samplers | {
         node.attr
         for path in [*files, *(ROOT / "datasets").glob("*.py"), *(ROOT / "runtime").glob("*.py")]
         for function in ast.walk(ast.parse(path.read_text()))

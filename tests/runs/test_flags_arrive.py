@@ -134,8 +134,8 @@ def watch_seeds(module, seen_seeds, monkeypatch):
 # ------------------------------------------------------------------------------------------------- pre-training
 
 PRETRAINING_EPOCHS = {
-    (engine_for_pretraining, "train_one_epoch"): "backend sampler loader recipe epoch adamae_coef",
-    (engine_for_tats, "train_one_epoch"): "backend tats loader recipe settings epoch",
+    (engine_for_pretraining, "train_one_epoch"): "backend sampler loader recipe epoch state",
+    (engine_for_tats, "train_one_epoch"): "backend tats sampler loader recipe phases epoch state",
 }
 
 
@@ -156,31 +156,34 @@ TATS_FLAGS = (
     "--no-normalize_target --tats_attention trajectory --tats_blocks 2 --num_landmarks 17 --landmark_gradient "
     "--softmax_temp 0.5 --tats_logit_cap 2.5 --tats_lr 0.00021 --tats_eps 1e-9 --tats_start_epoch 3 "
     "--tats_rollout_steps 4 --ppo_epochs 2 --ppo_clip 0.31 --policy_coef 0.011 --value_coef 0.012 --entropy_coef 0.013 "
+    "--entropy uniform_kl "
     "--normalize_advantage --crop random_resized"
 )
 TATS_ROWS = SHARED_ROWS | {
-    "mask_type": (lambda s: type(s.tats.unwrapped).__name__, "TATS"),
+    "mask_type": (lambda s: type(s.sampler).__name__, "TATS"),
     "decoder_depth": (lambda s: len(s.mae.decoder.blocks), 2),
-    "mask_ratio": (lambda s: s.tats.unwrapped.num_visible, 6),  # 4 frames of 2 x 2 tokens
-    "decoder_mask_ratio": (lambda s: s.tats.unwrapped.decoder_mask_ratio, 0.3),
+    "mask_ratio": (lambda s: s.sampler.num_visible, 6),  # 4 frames of 2 x 2 tokens
+    "decoder_mask_ratio": (lambda s: s.sampler.decoder_mask_ratio, 0.3),
     "loss": (lambda s: s.recipe.loss, "l1"),
     "normalize_target": (lambda s: s.recipe.normalize_target, False),
-    "tats_attention": (lambda s: [b.attn.approx for b in s.tats.unwrapped.blocks], ["none"] * 2),
-    "tats_blocks": (lambda s: len(s.tats.unwrapped.blocks), 2),
-    "num_landmarks": (lambda s: [b.attn.num_landmarks for b in s.tats.unwrapped.blocks], [17] * 2),
-    "landmark_gradient": (lambda s: [b.attn.landmark_gradient for b in s.tats.unwrapped.blocks], [True] * 2),
-    "softmax_temp": (lambda s: s.tats.unwrapped.temperature, 0.5),
-    "tats_logit_cap": (lambda s: s.tats.unwrapped.logit_cap, 2.5),
+    "tats_attention": (lambda s: [b.attn.approx for b in s.sampler.blocks], ["none"] * 2),
+    "tats_blocks": (lambda s: len(s.sampler.blocks), 2),
+    "num_landmarks": (lambda s: [b.attn.num_landmarks for b in s.sampler.blocks], [17] * 2),
+    "landmark_gradient": (lambda s: [b.attn.landmark_gradient for b in s.sampler.blocks], [True] * 2),
+    "softmax_temp": (lambda s: s.sampler.temperature, 0.5),
+    "tats_logit_cap": (lambda s: s.sampler.logit_cap, 2.5),
     "tats_lr": (lambda s: group_values(s.tats, "lr"), [0.00021]),
     "tats_eps": (lambda s: group_values(s.tats, "eps"), [1e-9]),
     "tats_start_epoch": (lambda s: "tats" in s, True),
-    "tats_rollout_steps": (lambda s: s.settings.rollout_steps, 4),
-    "ppo_epochs": (lambda s: s.settings.epochs, 2),
-    "ppo_clip": (lambda s: s.settings.clip, 0.31),
-    "policy_coef": (lambda s: s.settings.policy_coef, 0.011),
-    "value_coef": (lambda s: s.settings.value_coef, 0.012),
-    "entropy_coef": (lambda s: s.settings.entropy_coef, 0.013),
-    "normalize_advantage": (lambda s: s.settings.normalize_advantage, True),
+    "tats_rollout_steps": (lambda s: s.phases.rollout_steps, 4),
+    "ppo_epochs": (lambda s: s.phases.epochs, 2),
+    "ppo_clip": (lambda s: s.sampler.ppo["clip"], 0.31),
+    "policy_coef": (lambda s: s.sampler.ppo["policy_coef"], 0.011),
+    "value_coef": (lambda s: s.sampler.ppo["value_coef"], 0.012),
+    "entropy_coef": (lambda s: s.sampler.ppo["entropy_coef"], 0.013),
+    "entropy": (lambda s: s.sampler.ppo["entropy_form"], "uniform_kl"),
+    "tats_objective": (lambda s: s.sampler.objective, "ppo"),
+    "normalize_advantage": (lambda s: s.phases.normalize_advantage, True),
     "crop": (lambda s: s.transform.crop, "random_resized"),
 }
 # what a flag says of TATS's own optimizer, or must not say of it
@@ -190,10 +193,10 @@ TATS_ASIDE = {
     "weight_decay": (lambda s: group_values(s.tats, "weight_decay"), [0.0, 0.2]),
     "opt_betas": (lambda s: group_values(s.tats, "betas"), [(0.7, 0.97)]),
     "amp": (lambda s: s.tats.dtype, None),  # several evaluations of the policy: their ratio would be rounding
-    "checkpoint": (lambda s: [b.use_checkpoint for b in s.tats.unwrapped.blocks], [True] * 2),
+    "checkpoint": (lambda s: [b.use_checkpoint for b in s.sampler.blocks], [True] * 2),
 }
 OTHER_PRETRAINING = {
-    "adamae_coef": ("--mask_type adamae --adamae_coef 0.02", lambda s: s.adamae_coef, 0.02),
+    "adamae_coef": ("--mask_type adamae --adamae_coef 0.02", lambda s: s.sampler.coef, 0.02),
     "mask_type": ("--mask_type learnable", lambda s: type(s.sampler).__name__, "AdaMAESampler"),
     "compile": ("--compile", lambda s: s.backend.compile, True),
     "momentum": ("--opt sgd --momentum 0.45", lambda s: group_values(s.backend, "momentum"), [0.45]),
@@ -212,6 +215,14 @@ OTHER_PRETRAINING = {
         "--mask_type tats --tats_start_epoch 1",
         lambda s: (type(s.sampler).__name__, "tats" in s),
         ("RandomMask", False),
+    ),
+    "tats_objective": (
+        "--mask_type tats --tats_start_epoch 0 --tats_objective listwise",
+        lambda s: (s.sampler.objective, s.sampler.tau, s.sampler.critic),
+        ("listwise", 0.1, None),
+    ),
+    "tats_tau": (
+        "--mask_type tats --tats_start_epoch 0 --tats_objective listwise --tats_tau -0.3", lambda s: s.sampler.tau, -0.3
     ),
     "one pass in bf16": (
         "--mask_type tats --tats_start_epoch 0 --amp bf16", lambda s: s.tats.dtype, torch.bfloat16
@@ -424,7 +435,7 @@ ELSEWHERE = {
     "output_dir": "test_run_pretraining.py", "log_dir": "test_run_pretraining.py", "resume": "test_run_pretraining.py",
     "auto_resume": "test_run_pretraining.py", "finetune": "test_run_pretraining.py",
     "save_ckpt_freq": "test_run_pretraining.py", "save_ckpt_minutes": "test_preemption.py",
-    "keep_last": "test_preemption.py", "picture_freq": "test_run_pretraining.py", "pin_mem": "test_datasets.py",
+    "keep_last": "test_preemption.py", "picture_freq": "test_run_pretraining.py", "pin_mem": "clips.py",
     "world_size": "test_launch.py", "local_rank": "test_launch.py", "dist_on_itp": "test_launch.py",
     "dist_url": "test_launch.py", "eval": "test_run_finetuning.py", "save_ckpt": "test_run_finetuning.py",
     "allow_missing": "test_run_finetuning.py", "finetune_sampler": "test_foreign_checkpoints.py",

@@ -6,6 +6,7 @@ import torch
 
 import ppo
 from masking_generator import draw
+from modeling_adamae import AdaMAESampler
 from tests.helpers import reference
 
 torch.set_num_threads(1)
@@ -244,3 +245,100 @@ def test_sampled_masks_reach_the_same_fixed_point():
             average += logits.softmax(dim=-1) * 8 / 30 * (step >= 30)
     expected, _ = ascend(reward, 1.0, steps=30)
     assert (average - expected).abs().max() < 0.01 < 0.1 * (expected - 1).abs().max() + 0.001
+
+
+# --- end points (docs/SAMPLER.md) on a table of rewards; all masks of 6 of 8 tokens occur equally often
+
+REWARD = torch.tensor([1.0, 0.8, 0.5, 0.4, 0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+MASKS = torch.tensor(list(itertools.combinations(range(8), 6)))
+
+
+def end_point(loss_of, steps=1200, lr=0.1):
+    """p [8] after Adam on loss_of(log_prob [28, 8], episode of all 28 masks of 6 of 8 tokens)."""
+    logits = torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=lr)
+    for _ in range(steps):
+        log_prob = logits.log_softmax(dim=-1).expand(len(MASKS), -1)
+        episode = ppo.Episode(None, MASKS, log_prob.detach().gather(1, MASKS), REWARD[MASKS], None)
+        optimizer.zero_grad()
+        loss_of(log_prob, episode).backward()
+        optimizer.step()
+    return logits.detach().softmax(dim=-1)
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.3, 2.0, -0.3])
+def test_listwise_ends_where_p_is_proportional_to_exp_of_the_error(tau):
+    p = end_point(lambda log_prob, episode: ppo.listwise_loss(log_prob, episode, tau)[0])
+    torch.testing.assert_close(p, torch.softmax(REWARD / tau, dim=0), rtol=0.01, atol=1e-6)
+
+
+def test_listwise_does_so_for_masks_that_the_policy_draws_itself():
+    """It is right for any set of masked tokens: the moving policy changes which are seen, not where it ends."""
+    logits = torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    for step in range(1500):
+        log_prob = logits.log_softmax(dim=-1).expand(64, -1)
+        masked = draw(log_prob, 2, torch.arange(64) + 64 * step)[1]
+        episode = ppo.Episode(None, masked, log_prob.detach().gather(1, masked), REWARD[masked], None)
+        optimizer.zero_grad()
+        ppo.listwise_loss(log_prob, episode, 0.3)[0].backward()
+        optimizer.step()
+    torch.testing.assert_close(
+        logits.detach().softmax(dim=-1), torch.softmax(REWARD / 0.3, dim=0), rtol=0.01, atol=1e-4
+    )
+
+
+def test_without_a_baseline_p_is_proportional_to_the_error():
+    """AdaMAE's loss: contrast is at most the largest error over the mean one."""
+    sampler = AdaMAESampler((2, 2, 2), 0.75, 8, coef=1.0)
+    p = end_point(lambda log_prob, episode: sampler.loss(log_prob, None, episode)[0])
+    torch.testing.assert_close(p, REWARD / REWARD.sum(), rtol=0.01, atol=0)
+
+
+def test_uniform_kl_gives_ppo_an_end_point():
+    """a_j = (R_j - V) / N here: p_j is proportional to c_p a_j + c_e / N, if that is nowhere negative."""
+    value = REWARD.mean()
+
+    def loss(log_prob, episode, coef=1.0):
+        baseline = value.expand(len(MASKS))
+        coefs = dict(policy_coef=1.0, value_coef=0.0, entropy_coef=coef, entropy_form="uniform_kl")
+        return ppo.sampling_loss(log_prob, baseline, episode._replace(value=baseline), **coefs)[0]
+
+    expected = REWARD - value + 1.0
+    assert expected.min() > 0
+    torch.testing.assert_close(end_point(loss), expected / expected.sum(), rtol=0.01, atol=0)
+
+
+def test_with_a_baseline_and_entropy_alone_tokens_are_given_up():
+    """The paper's objective: half of the a_j are negative, and nothing holds those tokens."""
+
+    def loss(log_prob, episode):
+        baseline = REWARD.mean().expand(len(MASKS))
+        coefs = dict(policy_coef=1.0, value_coef=0.0, entropy_coef=0.1)
+        return ppo.sampling_loss(log_prob, baseline, episode._replace(value=baseline), **coefs)[0]
+
+    half, whole = (end_point(loss, steps=steps) for steps in (600, 1200))
+    assert whole.min() < 1e-6 and whole.min() < half.min() / 4  # and still falling
+
+
+def test_listwise_loss_equals_its_definition():
+    log_prob, _, episode = make_batch()
+    expected = divergence = 0.0
+    for p, masked, reward in zip(
+        log_prob.exp().tolist(), episode.masked.tolist(), episode.reward.tolist(), strict=True
+    ):
+        weights = [math.exp(r / 0.4) for r in reward]
+        for token, weight in zip(masked, weights, strict=True):
+            share, restricted = weight / sum(weights), p[token] / sum(p[other] for other in masked)
+            expected -= share * math.log(restricted) / len(log_prob)
+            divergence += share * math.log(share / restricted) / len(log_prob)
+    loss, diagnostics = ppo.listwise_loss(log_prob, episode, 0.4)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert diagnostics["policy_loss"].item() == pytest.approx(divergence, rel=1e-9)
+
+
+def test_uniform_kl_equals_its_definition():
+    log_prob = make_batch()[0]
+    expected = sum(math.log(1 / 8 / p) / 8 for row in log_prob.exp().tolist() for p in row) / 3
+    assert ppo.uniform_kl(log_prob).item() == pytest.approx(expected, rel=1e-12)
+    assert ppo.uniform_kl(torch.full((2, 8), -math.log(8))).item() == pytest.approx(0, abs=1e-6)

@@ -5,6 +5,7 @@ copies nothing from there but the batch, and reads no value back, for which the 
 """
 
 import contextlib
+import dataclasses
 import functools
 import re
 import sys
@@ -102,7 +103,8 @@ def test_no_pretraining_step_waits(flags):
 def watch_finetuning(flags: str = "", mixup: dict | None = None, amp: str = "bf16", ema: bool = False) -> StepWatch:
     with fake_gpu():
         model, recipe = classifier(flags)
-        recipe.mixup = Mixup(num_classes=5, label_smoothing=0.1, **mixup) if mixup else None
+        mixing = Mixup(num_classes=5, label_smoothing=0.1, **mixup) if mixup else None
+        recipe = dataclasses.replace(recipe, mixup=mixing)
         with GPU:
             optimizer = create_optimizer(parameter_groups(model, 0.05, 0.75 if not flags else 1.0), lr=1e-3)
             backend = Backend(model, optimizer, GPU, amp, clip_grad=1.0)
