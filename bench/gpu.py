@@ -43,7 +43,7 @@ class Job(NamedTuple):
 
 WORKERS = max(min((os.cpu_count() or 2) - 2, 12), 1)
 DRY_COMPILE = f"{DRY_STEP} --mask_ratio 0.75 --compile --rows"
-DRY_MEMORY = "bench/memory.py --rows tube --input_size 32 --num_frames 4 --model pretrain_videomae_tiny_patch8_64"
+DRY_MEMORY = "bench/step.py --memory --tiny --device cpu --rows tube --num_frames 4 --input_size 32"
 JOBS = {
     "tests": Job(1, "Tests", f"-m pytest -m gpu tests/gpu -n {WORKERS} --tb=short --durations=3 -W ignore",
                  "-m pytest -m gpu tests/gpu", ("pytest", "xdist"), 300),

@@ -8,7 +8,7 @@ error - V over the masks in which it is masked, times how often it is masked. Ne
 fixed point is u log u = kappa E[A m] with u = N p of a token and kappa = (c_p / c_e)(N / N_m) (README). Where that has
 no solution, the token's p becomes 0. This fixed point is a local one. Along the scale of the logits z, the objective's
 slope is c_p Cov(A, z) over the masked tokens, which grows with z, minus c_e Var(z) under p, which falls to 0 as p
-collapses. Where the first is larger, the policy sharpens further. --tats_logit_cap prevents that; the slopes of a capped
+collapses. Where the first is larger, the policy sharpens further. --tats_logit_cap prevents that; slopes of a capped
 policy mean little.
 """
 
