@@ -27,6 +27,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from run_mae_pretraining import SAMPLERS
 from tools import paper_tables
 from tools.common import Formatter, run_tool, write_text
 from tools.compare_pictures import draw_accuracies, draw_curves
@@ -46,7 +47,7 @@ from utils import UsageError
 
 METRICS = {"loss": "reconstruction error", "motion_lift": "motion lift", "entropy": "entropy / log N",
            "explained_variance": "explained variance"}  # fmt: skip
-ORDER = ("tube", "random", "frame", "motion", "adamae", "tats", SCRATCH)
+ORDER = (*SAMPLERS, SCRATCH)  # of the rows
 WARNING = (
     "Reconstruction errors are means over the masked tokens: under different masks they are errors of different "
     "tokens, and do not rank methods."

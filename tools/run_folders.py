@@ -1,5 +1,6 @@
 """Folders that runs leave (args.json, log.txt, test.json): reading them, which belong together, and how they differ."""
 
+import functools
 import json
 import math
 import os
@@ -8,27 +9,24 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from run_mae_pretraining import get_parser
+from runtime.resume import FREE_ON_RESUME
 from utils import UsageError
 
 PRETRAINING, SCRATCH = "pre-training", "scratch"
 KINDS = ("fine-tuning", "linear probe", "attentive probe")  # what yields accuracies
 CHECKPOINTS = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")  # a --finetune of another name is a folder
 UNREAD = "-"  # the value of a flag that a run's method does not read
-READ_BY = dict.fromkeys(
-    "tats_attention tats_blocks num_landmarks landmark_gradient softmax_temp tats_logit_cap tats_lr tats_eps "
-    "tats_start_epoch tats_rollout_steps ppo_epochs ppo_clip policy_coef value_coef entropy_coef "
-    "normalize_advantage".split(),
-    "tats",
-) | {"adamae_coef": "adamae"}  # fmt: skip
-# May differ unmentioned: those of runtime.resume.FREE_ON_RESUME, device, pictures. Rows tell data_path and seed; where
-# --finetune points, the clips of a step and the settings of the test are compared on their own (settings).
-FREE = set(
-    "resume auto_resume start_epoch output_dir log_dir num_workers pin_mem print_freq rank local_rank world_size "
-    "distributed dist_url dist_on_itp save_ckpt_freq finetune model_key model_prefix use_checkpoint "
-    "checkpoint_modules eval test_num_segment test_num_crop allow_missing test_data_path save_ckpt "
-    "save_ckpt_minutes keep_last enable_deepspeed zero_stage offload fused_adam deepspeed_config picture_freq "
-    "device data_path seed".split()
-)
+# May differ without a note. The rows of the table tell data_path and seed; the source of --finetune, the clips per step
+# and the settings of the test are compared on their own (settings).
+FREE = FREE_ON_RESUME | {"device", "data_path", "seed"}
+
+
+@functools.cache
+def read_by() -> dict[str, str]:
+    """{flag: the only mask type that reads it}."""
+    (group,) = (group for group in get_parser()._action_groups if group.title == "TATS and PPO")
+    return {action.dest: "tats" for action in group._group_actions} | {"adamae_coef": "adamae"}
 
 
 @dataclass(eq=False)
@@ -196,7 +194,7 @@ def value_of(run, flag):
     """Of a pre-training run; hashable. Raises UsageError."""
     if flag not in run.args:
         raise UsageError(f"--by {flag}: the pre-training run {run.folder} has no such flag")
-    if READ_BY.get(flag, run.args["mask_type"]) != run.args["mask_type"]:
+    if read_by().get(flag, run.args["mask_type"]) != run.args["mask_type"]:
         return UNREAD
     value = run.args[flag]
     return tuple(value) if isinstance(value, list) else value
@@ -206,7 +204,7 @@ def settings(run, by):
     """{name: value as text} of what should be equal in runs that are compared."""
     args = run.args
     free = FREE | (set(by) if run.kind == PRETRAINING else set())
-    named = {f"--{name}": UNREAD for name, method in READ_BY.items() if method != args.get("mask_type")}
+    named = {f"--{name}": UNREAD for name, method in read_by().items() if method != args.get("mask_type")}
     named |= {f"--{name}": str(args[name]) for name in args if name not in free and f"--{name}" not in named}
     clips = [args.get(name, 1) for name in ("batch_size", "accum_iter", "world_size")]
     clips += [args.get("num_sample", 1)] if args.get("batch_counts") == "videos" else []  # earlier runs counted clips
