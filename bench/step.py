@@ -180,7 +180,7 @@ class Row:
 
 
 def build_reference(mae: nn.Module, sampler: MaskSampler, batch: dict, recipe: PretrainRecipe, args) -> Backend:
-    """transformers' model with our optimizer and mixed precision; our autoencoder takes over its fresh weights.
+    """transformers' model with our optimizer and mixed precision; our autoencoder gets its fresh weights.
 
     Raises UsageError where the flags ask for what it does not have, or the two models differ on the batch.
     """
@@ -276,7 +276,10 @@ def report(rows: list[Row], references: dict[str, dict[str, str]], flags, rounds
     unless = "unless the row says otherwise: " if any(row.override for row in rows) else ""
     print(unless + describe(parse(flags, flags.rest, dtype), f"{rounds} rounds, steps a round: {flags.steps}"))
     columns = ["masks", "ms a step", "clips/s", *references, "TFLOP", "TFLOP/s", "of peak"]
-    columns += ["memory MB"] * (not flags.skip_memory) + ["first step s"] * compiled
+    if not flags.skip_memory:
+        columns.append("memory MB")
+    if compiled:
+        columns.append("first step s")
     table = []
     for row in rows:
         times, done = seconds[row.label], flop[row.label]

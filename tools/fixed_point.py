@@ -44,8 +44,15 @@ def measure(trained: Trained, clips: torch.Tensor, draws: int) -> dict[str, np.n
     """kappa, the two slopes along the scale of the logits, and arrays [clips, N]: motion, u (N p), error (mean where
     masked), pull (kappa E[A m]). With --normalize_advantage kappa has the deviation of A in it."""
     args, grid = trained.args, trained.mae.grid
-    recipe = PretrainRecipe(mean=trained.mean, std=trained.std, lr=0, min_lr=0, grid=grid, loss=args.loss,
-                            normalize_target=args.normalize_target)  # fmt: skip
+    recipe = PretrainRecipe(
+        mean=trained.mean,
+        std=trained.std,
+        lr=0,
+        min_lr=0,
+        grid=grid,
+        loss=args.loss,
+        normalize_target=args.normalize_target,
+    )
     _, video = normalize(clips, trained.mean, trained.std)
     tokens = trained.mae.encoder.patch_embed(video)
     total = torch.zeros(len(clips), trained.sampler.num_tokens)
@@ -64,12 +71,17 @@ def measure(trained: Trained, clips: torch.Tensor, draws: int) -> dict[str, np.n
     log_prob, p = mask.log_prob, mask.log_prob.exp()
     z = log_prob - (p * log_prob).sum(dim=1, keepdim=True)
     slopes = {
-        "sharpens": args.policy_coef / scale
+        "sharpens": args.policy_coef
+        / scale
         * torch.stack([((e - baseline) * z.gather(1, masked)).mean() for masked, e in draws_of_error]).mean().item(),
         "holds": args.entropy_coef * (p * z.square()).sum(dim=1).mean().item(),
-    }  # fmt: skip
-    measured = {"motion": motion_energy(video, grid), "u": mask.log_prob.exp() * total.shape[1], "error": error,
-                "pull": kappa * (error - baseline) * count / draws}  # fmt: skip
+    }
+    measured = {
+        "motion": motion_energy(video, grid),
+        "u": mask.log_prob.exp() * total.shape[1],
+        "error": error,
+        "pull": kappa * (error - baseline) * count / draws,
+    }
     return {name: value.numpy() for name, value in measured.items()} | {"kappa": kappa} | slopes
 
 
