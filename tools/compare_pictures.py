@@ -87,6 +87,7 @@ def style_of(index: int) -> dict[str, str]:
 
 
 def wrap(label: str) -> str:
+    """A label in at most three lines."""
     return textwrap.fill(picture_text(label), 36, max_lines=3, placeholder=" ...")
 
 
@@ -102,6 +103,7 @@ def new_figure(num_panels: int, num_handles: int = 0) -> "tuple[Figure, list[Axe
 
 
 def finish(figure: "Figure", path: Path, handles: dict[str, "Line2D"]) -> None:
+    """Writes a figure, with a legend of {label: line} below its panels; panels without data are left out."""
     for axes in figure.axes:
         axes.set_visible(axes.has_data())
     if handles:

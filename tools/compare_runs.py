@@ -73,6 +73,8 @@ class Row:
 
 
 def sort_key(row: Row) -> tuple:
+    """Numbers by size, mask types in ORDER, other text by the alphabet; from scratch last."""
+
     def part(value: Hashable) -> tuple[int, float, str]:
         if isinstance(value, int | float):
             return 0, value, ""
@@ -184,6 +186,7 @@ def find_baseline(row: Row, rows: list[Row], by: tuple[str, ...], value: str) ->
 
 
 def shown_value(value: Hashable) -> str:
+    """A flag's value as the tables show it."""
     return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
@@ -206,6 +209,10 @@ class Cells:
         """A cell under a heading; its numbers are the columns NAME_PART, and NAME for the part ""."""
         self.text[heading] = text
         self.numbers |= {f"{name}_{part}" if part else name: value for part, value in numbers.items()}
+
+    def add_number(self, heading: str, name: str, value: float | None, form: str) -> None:
+        """A cell with one number, in a format such as ".3f"."""
+        self.add(heading, name, "-" if value is None else format(value, form), **{"": value})
 
     def estimate(
         self,
@@ -240,9 +247,8 @@ def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None
     num_runs = len(first) or max(map(len, row.runs.values()), default=0)
     cells.add("runs", "runs", str(num_runs or "-"), **{"": num_runs})
     for name, heading in METRICS.items():
-        cells.estimate(
-            heading, name, [run.last(f"train_{name}") for run in first], 4 if name == "loss" else 3, num_runs
-        )
+        values = [run.last(f"train_{name}") for run in first]
+        cells.estimate(heading, name, values, 4 if name == "loss" else 3, num_runs)
     for kind in kinds:
         runs = row.runs.get(kind, [])
         name = kind.replace("-", "_").replace(" ", "_")
@@ -251,9 +257,8 @@ def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None
             values = [run.test[f"acc{k}"] for run in runs]
             cells.estimate(f"{kind} top-{k} (%)", f"{name}_acc{k}", values, 2, num_runs, videos)
         if baseline:
-            add_paired(
-                cells, f"{kind} top-1 - {baseline}'s", f"{name}_minus_baseline", base and compared(row, base, kind)
-            )
+            result = compared(row, base, kind) if base else None
+            add_paired(cells, f"{kind} top-1 - {baseline}'s", f"{name}_minus_baseline", result)
     add_costs(cells, first, base.runs.get(PRETRAINING, []) if base else [], baseline)
     return cells
 
@@ -272,12 +277,12 @@ def add_paired(cells: Cells, heading: str, name: str, result: tuple[float, float
 def add_costs(cells: Cells, runs: list[Run], base: list[Run], baseline: str | None) -> None:
     """Seconds per step, their ratio to the baseline's, peak memory in GiB."""
     seconds, theirs = (average([run.step_time() for run in side]) for side in (runs, base))
-    cells.add("step (s)", "step_time", "-" if seconds is None else f"{seconds:.3f}", **{"": seconds})
+    cells.add_number("step (s)", "step_time", seconds, ".3f")
     if baseline:
         ratio = seconds / theirs if seconds and theirs else None
-        cells.add(f"step / {baseline}'s", "step_ratio", "-" if ratio is None else f"{ratio:.2f}", **{"": ratio})
+        cells.add_number(f"step / {baseline}'s", "step_ratio", ratio, ".2f")
     memory = max((run.memory() for run in runs if run.memory() is not None), default=None)
-    cells.add("peak memory (GiB)", "peak_memory", "-" if memory is None else f"{memory:.4g}", **{"": memory})
+    cells.add_number("peak memory (GiB)", "peak_memory", memory, ".4g")
 
 
 def average(values: Iterable[float | None]) -> float | None:
@@ -336,6 +341,7 @@ def labels_of(named: list[dict[str, str]]) -> list[str]:
 
 
 def markdown(title: str, lines: list[str], cells: list[dict[str, str]], notes: dict[str, list[str]]) -> str:
+    """table.md: a title, lines of text, a table with a dictionary {heading: text} per row, lists of notes."""
     headings = list(dict.fromkeys(heading for row in cells for heading in row))
     table = [headings, ["---"] * len(headings)] + [[row.get(heading, "-") for heading in headings] for row in cells]
     text = [f"# {title}", "", *lines, "", *("| " + " | ".join(row) + " |" for row in table), ""]
@@ -417,6 +423,7 @@ def compare(args: argparse.Namespace) -> None:
 def write_tables(
     args: argparse.Namespace, rows: list[Row], cells: list[Cells], used: list[Run], runs: list[Run], left_out: list[str]
 ) -> None:
+    """table.md, table.csv and runs.csv. used: the runs of the rows; left_out: a line for each other run."""
     columns = list(dict.fromkeys(column for row in rows for column in row.paper))
     for row, cell in zip(rows, cells, strict=True):
         for column in columns:
@@ -444,6 +451,7 @@ def write_tables(
 
 
 def write_pictures(output: str, rows: list[Row], labels: list[str]) -> None:
+    """curves.png and accuracy.png, each where there is something to draw. labels: one per row."""
     runs = [row.runs for row in rows]
     kinds = [kind for kind in KINDS if any(kind in of_row for of_row in runs)]
     written = ["curves.png"] if draw_curves(Path(output, "curves.png"), runs, labels) else []

@@ -86,6 +86,7 @@ def measure(trained: Trained, clips: torch.Tensor, draws: int) -> dict[str, np.n
 
 
 def report(measured: dict) -> str:
+    """The lines that are printed of what `measure` returned."""
     u, motion, error, pull = (measured[name].astype(float) for name in ("u", "motion", "error", "pull"))
     log_u = np.log(u + 1e-9)
     rest = fixed_point(pull)
@@ -97,6 +98,7 @@ def report(measured: dict) -> str:
         return float(np.mean(found)) if found else float("nan")
 
     def lift(weights: np.ndarray) -> float:
+        """Mean motion of the tokens with these weights, over the mean of all tokens."""
         return float((weights * motion).mean() / motion.mean())
 
     lines = [
@@ -116,6 +118,7 @@ def report(measured: dict) -> str:
 
 
 def describe_policy(args: argparse.Namespace) -> None:
+    """Raises UsageError."""
     trained = Trained(args.model_path, [])
     if trained.args.mask_type != "tats" or trained.args.entropy_coef == 0:
         raise UsageError(f"{args.model_path}: not of --mask_type tats with an --entropy_coef above 0")

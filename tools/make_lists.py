@@ -45,6 +45,7 @@ class Entry(NamedTuple):
 
     @property
     def expected(self) -> str:
+        """The path below --videos where the file should be."""
         return os.path.join(self.folder, self.names[0] + self.suffix)
 
 

@@ -144,6 +144,7 @@ def problem_of(run: Run) -> str:
 
 
 def refuse(error: OSError) -> None:
+    """os.walk would skip a folder that cannot be read."""
     raise error
 
 
@@ -252,4 +253,5 @@ def differences(runs: list[Run], by: tuple[str, ...]) -> list[str]:
 
 
 def listing(names: list[str]) -> str:
+    """The first six names, and how many more there are."""
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
