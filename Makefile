@@ -24,7 +24,7 @@ compare: $(SETUP)
 test: $(SETUP)
 	$(PYTHON) -m pytest -n 2 --dist loadfile $(TESTS)
 
-# Kills, full disks and vanishing videos, again and again: some ten minutes.
+# Kills, full disks and vanishing videos, again and again: some 15 minutes.
 test-slow: $(SETUP)
 	$(PYTHON) -m pytest -m slow tests/slow
 

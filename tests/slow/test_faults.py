@@ -1,4 +1,4 @@
-"""Runs that are killed, or lose a process, their disk or their videos: `make test-slow`, some ten minutes.
+"""Runs that are killed, or lose a process, their disk or their videos: `make test-slow`, some 15 minutes.
 
 After every fault the same command is started again, and its log, weights and optimizer state must be those of an
 undisturbed run, bit by bit. Damaged checkpoints and logs, Ctrl-C and losses that are not finite are tested in seconds:
