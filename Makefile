@@ -1,4 +1,4 @@
-# make demo | compare | test | lint | bench | gpu | clean
+# make demo | compare | test | test-slow | lint | bench | gpu | clean
 # Without an active environment each target makes .venv once and installs requirements.txt into it.
 # An active virtual or conda environment is used as it is; PYTHON=/path/to/python overrides both.
 # VENV=.venv-3.13 BASE_PYTHON=python3.13 make a second environment beside it, of another Python.
@@ -13,7 +13,7 @@ PYTHON := $(VENV)/bin/python
 SETUP := $(VENV)/.installed
 endif
 
-.PHONY: demo compare test lint bench gpu clean
+.PHONY: demo compare test test-slow lint bench gpu clean
 
 demo: $(SETUP)
 	PYTHON=$(PYTHON) bash scripts/demo/pretrain_tats.sh
@@ -23,6 +23,10 @@ compare: $(SETUP)
 
 test: $(SETUP)
 	$(PYTHON) -m pytest -n 2 --dist loadfile $(TESTS)
+
+# Kills, full disks and vanishing videos, again and again: some 15 minutes.
+test-slow: $(SETUP)
+	$(PYTHON) -m pytest -m slow tests/slow
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .

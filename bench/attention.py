@@ -123,8 +123,12 @@ def memory(name: str, case: Case, size: tuple[int, int], dtype: str, device: tor
 def report(layers, sizes: list[tuple[int, int]], flags: argparse.Namespace, rounds: int, dtype: str, device) -> None:
     """One table: every layer at every size, each size with its own references."""
     names = choose_rows(flags, list(layers))
-    cases = {(name, size): Case(layers[name], flags, size, dtype, device) for size in sizes for name in names
-             if not too_large(name, size, flags)}  # fmt: skip
+    cases = {
+        (name, size): Case(layers[name], flags, size, dtype, device)
+        for size in sizes
+        for name in names
+        if not too_large(name, size, flags)
+    }
     flop = {key: count_flop(case.both) for key, case in cases.items()}
     calls = {(*key, what): getattr(case, what) for key, case in cases.items() for what in ("forward", "both")}
     product = Product(device, dtype)
@@ -132,7 +136,9 @@ def report(layers, sizes: list[tuple[int, int]], flags: argparse.Namespace, roun
     print(header(device, dtype, product.peak(seconds["product"])))
     print(f"width {flags.dim}, {flags.heads} heads, batch {flags.batch}, {flags.landmarks} landmarks, {rounds} rounds")
     columns = ["layer", "frames x tokens", "N", "forward ms", "x naive", "x plain", "both ms", "x naive", "x plain"]
-    columns += ["GFLOP", "of peak"] + ["memory MB"] * (not flags.skip_memory)
+    columns += ["GFLOP", "of peak"]
+    if not flags.skip_memory:
+        columns.append("memory MB")
     rows = []
     for size in sizes:
         for name in names:

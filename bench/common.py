@@ -142,8 +142,8 @@ def _cpu_model() -> str:
 
 
 def peak_growth(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that call, run before, holds at its peak over what was there when it began. On a CPU: resident memory, true
-    in a process that fresh_process started."""
+    """Bytes that call, run before, needs at its peak beyond what was there when it began. On a CPU: resident memory,
+    right only in a process that fresh_process started."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

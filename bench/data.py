@@ -98,12 +98,22 @@ class Classic(Dataset):
 def make_loader(files, flags, num_workers, num_sample=1, classic=False):
     """A loader of flags.clips clips an epoch, 4 a batch: the list again and again."""
     args = argparse.Namespace(
-        data_path=f"{files}.{num_sample}", num_frames=16, sampling_rate=4, input_size=flags.size, crop="multiscale",
-        train_interpolation="bicubic", color_jitter=0.0, num_sample=num_sample, decoder=flags.decoder,
+        data_path=f"{files}.{num_sample}",
+        num_frames=16,
+        sampling_rate=4,
+        input_size=flags.size,
+        crop="multiscale",
+        train_interpolation="bicubic",
+        color_jitter=0.0,
+        num_sample=num_sample,
+        decoder=flags.decoder,
         batch_size=4 // num_sample,
-        num_workers=num_workers, pin_mem=True, device="cuda" if torch.cuda.is_available() else "cpu", seed=0,
+        num_workers=num_workers,
+        pin_mem=True,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        seed=0,
         max_short_side=flags.max_short_side,
-    )  # fmt: skip
+    )
     paths, count = read_list(files)[0], flags.clips // num_sample
     Path(args.data_path).write_text("".join(f"{path} 0\n" for path in (paths * count)[:count]))
     if not classic:

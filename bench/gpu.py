@@ -43,7 +43,7 @@ class Job(NamedTuple):
 
 WORKERS = max(min((os.cpu_count() or 2) - 2, 12), 1)
 DRY_COMPILE = f"{DRY_STEP} --mask_ratio 0.75 --compile --rows"
-DRY_MEMORY = "bench/memory.py --rows tube --input_size 32 --num_frames 4 --model pretrain_videomae_tiny_patch8_64"
+DRY_MEMORY = "bench/step.py --memory --tiny --device cpu --rows tube --num_frames 4 --input_size 32"
 JOBS = {
     "tests": Job(1, "Tests", f"-m pytest -m gpu tests/gpu -n {WORKERS} --tb=short --durations=3 -W ignore",
                  "-m pytest -m gpu tests/gpu", ("pytest", "xdist"), 300),
@@ -95,9 +95,13 @@ def run_job(job: Job, dry: bool, seconds_left: float) -> dict:
     begin = time.time()
     limit = min(job.limit, seconds_left)
     process = subprocess.Popen(
-        [sys.executable, *shlex.split(command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, *shlex.split(command)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         env=os.environ | {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"},
-    )  # fmt: skip
+    )
     try:
         output, status = process.communicate(timeout=limit)[0], process.returncode
     except subprocess.TimeoutExpired:
@@ -105,8 +109,13 @@ def run_job(job: Job, dry: bool, seconds_left: float) -> dict:
         output, status = process.communicate()[0] + f"\nstopped after {limit:.0f} s", -9
     lines = [without_places(line) for line in output.strip().splitlines() if line != "bringing up nodes..."][-60:]
     print("\n".join(lines), flush=True)
-    return {"command": f"python {command}", "seconds": round(time.time() - begin), "status": status, "output": lines,
-            "date": str(date.today())}  # fmt: skip
+    return {
+        "command": f"python {command}",
+        "seconds": round(time.time() - begin),
+        "status": status,
+        "output": lines,
+        "date": str(date.today()),
+    }
 
 
 def without_places(line: str) -> str:
@@ -182,7 +191,7 @@ def main() -> int:
         if missing:
             record["skipped"][name] = f"needs the package {', '.join(missing)}"
         elif left < 60:
-            record["skipped"][name] = f"{flags.minutes:g} minutes were over; the same command goes on here"
+            record["skipped"][name] = f"{flags.minutes:g} minutes were over; the same command continues here"
         else:
             print(f"== {name}: {job.title}", flush=True)
             record["jobs"][name] = run_job(job, flags.dry_run, left)

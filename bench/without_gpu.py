@@ -191,8 +191,12 @@ def prepare(args, device: torch.device) -> tuple[Run, dict, Callable[[int], None
     """A pre-training run on the device, its batch of black clips on the host, and a function that takes the optimizer
     step of this number (with TATS as many as a phase 1 has) by the engines. On a fake GPU: to be called `with GPU:`."""
     run = Run(args, device)
-    recipe = PretrainRecipe(grid=run.mae.grid, loss=args.loss, normalize_target=args.normalize_target,
-                            **recipe_settings(args, device, 10**9) | {"print_freq": 10**9})  # fmt: skip
+    recipe = PretrainRecipe(
+        grid=run.mae.grid,
+        loss=args.loss,
+        normalize_target=args.normalize_target,
+        **recipe_settings(args, device, 10**9) | {"print_freq": 10**9},
+    )
     shape = (args.batch_size, args.num_frames, 3, args.input_size, args.input_size)
     video = torch.zeros(shape, dtype=torch.uint8, device="cpu")
     batch = {"video": video, "seed": torch.arange(args.batch_size, device="cpu"), "failed": []}

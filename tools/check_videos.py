@@ -4,15 +4,16 @@
 
 writes checked/train.clean.csv (a list: the videos that decode), checked/train.report.csv (one line a video: path,
 label, status, reason, frames, decoded, errors, width, height, decoder), and the same for val. The exit status is 1 if
-any video is bad, so that a script can ask.
+any video is bad, so that a script can test it.
 
-A video is good if training reads it. Training, the test and resize_videos.py go on behind a damaged packet, as players
-do, and so a damaged or truncated video is good as far as it decodes: `errors` counts the packets that do not decode, or
-in part only, and `reason` says what the file's header claims beyond the frames found. Take such videos out yourself if
-you do not want them. `frames` is the number that training draws clips from, `decoded` what came out when everything was
-decoded. They differ only where no packet's header shows the damage; a clip that meets it is then drawn anew. Where one
-decoder refused a video and the other read it, `reason` has the refusal of the first. Each video is read in a process
-of its own, so a file that crashes the decoder or makes it hang is a bad video and not the end of the check.
+A video is good if training reads it. Training, the test and resize_videos.py continue after a damaged packet, as
+players do. So a damaged or truncated video is good as far as it decodes: `errors` counts packets that do not decode, or
+in part only, and `reason` says what the file's header claims beyond the frames found. Remove such videos yourself if
+you do not want them. `frames` is the number that training draws clips from, `decoded` the number of frames when
+everything was decoded. They differ only where no packet's header shows the damage; a clip with such a frame is then
+drawn again. Where one decoder refused a video and the other read it, `reason` has the refusal of the first. Each video
+is read in a process of its own: a file on which the decoder crashes or never returns is a bad video, and the check
+continues.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import functools
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -28,13 +30,13 @@ if __name__ == "__main__":
 
 from datasets.decoding import DECODERS, MAX_SHORTFALL, RefusedVideo, VideoError, decoders_for, open_video
 from datasets.lists import read_list
-from tools.common import Formatter, run_all, run_tool, write_list, write_text
+from tools.common import Formatter, Outcome, run_all, run_tool, write_list, write_text
 from utils import UsageError
 
 COLUMNS = ("path", "label", "status", "reason", "frames", "decoded", "errors", "width", "height", "decoder")
 
 
-def check_video(path, decoder):
+def check_video(path: str, decoder: str) -> dict:
     """Decodes a video as training would, with the other back end where "auto" allows it and the first one fails.
 
     Returns: dict(frames, decoded, errors, width, height, decoder, reason = why the first back end failed, or what the
@@ -59,8 +61,8 @@ def check_video(path, decoder):
     raise refusal
 
 
-def check_lists(args, check=check_video):
-    """Returns 1 if any video is bad, else 0. check: see check_video."""
+def check_lists(args: argparse.Namespace, check: Callable[..., dict] = check_video) -> int:
+    """Returns 1 if any video is bad, else 0. check: see check_video. Raises UsageError, ListError."""
     names = [Path(path).stem for path in args.list]
     if len(set(names)) < len(names):
         raise UsageError(f"two lists have the same name ({', '.join(names)}): check them into different folders")
@@ -73,10 +75,10 @@ def check_lists(args, check=check_video):
     outcomes = dict(zip(paths, outcomes, strict=True))
     for name, (listed, labels) in lists.items():
         write_results(os.path.join(args.output, name), listed, labels, outcomes)
-    return int(any(reason is not None for _, reason in outcomes.values()))
+    return 1 if any(reason is not None for _, reason in outcomes.values()) else 0
 
 
-def write_results(prefix, paths, labels, outcomes):
+def write_results(prefix: str, paths: list[str], labels: list[int], outcomes: dict[str, Outcome]) -> None:
     """Writes PREFIX.report.csv and PREFIX.clean.csv. outcomes: {path: (what check_video returned, reason)}."""
     report = io.StringIO()
     table = csv.DictWriter(report, COLUMNS, lineterminator="\n")
@@ -90,7 +92,7 @@ def write_results(prefix, paths, labels, outcomes):
             good.append((path, label))
     write_text(f"{prefix}.report.csv", report.getvalue())
     found = [found for found, reason in map(outcomes.get, paths) if reason is None]
-    damaged = sum(bool(one.get("errors") or one["reason"]) for one in found)
+    damaged = len([one for one in found if one.get("errors") or one["reason"]])
     if damaged:
         print(f"{prefix}.report.csv: {damaged} of the good videos are damaged (columns errors and reason)")
     clean = f"{prefix}.clean.csv"
@@ -102,7 +104,7 @@ def write_results(prefix, paths, labels, outcomes):
         print(f"{prefix}.report.csv: none of {len(paths)} videos is good, no clean list is written")
 
 
-def get_parser():
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--list", required=True, nargs="+", action="extend", help="list(s): `path label` on each line")
     parser.add_argument("--output", required=True, help="folder for the clean lists and the reports")
@@ -112,7 +114,7 @@ def get_parser():
     return parser
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     run_tool(check_lists, get_parser().parse_args(arguments))
 
 

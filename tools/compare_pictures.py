@@ -3,25 +3,31 @@
 import statistics
 import textwrap
 from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tools.common import replacing
-from tools.run_folders import KINDS, PRETRAINING
+from tools.run_folders import KINDS, PRETRAINING, Run
 from tools.seed_statistics import interval
 from utils import picture_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 LOGGED = {"loss": "reconstruction error", "motion_lift": "motion lift", "entropy": "entropy / log N"}
 
 
-def draw_curves(path, rows, labels):
+def draw_curves(path: Path, rows: list[dict[str, list[Run]]], labels: list[str]) -> bool:
     """Mean of the seeds over epochs and a band from the least to the greatest, a panel for each of what was logged.
 
+    Args: rows, the runs of each kind, a dictionary for each row; labels, one per row.
     Returns whether there was anything to draw.
     """
     panels = [(PRETRAINING, f"train_{name}", title) for name, title in LOGGED.items()]
     panels += [(kind, "val_acc1", f"{kind}: validation top-1 (%)") for kind in KINDS]
-    panels = [
-        panel for panel in panels if any(run.curve(panel[1])[0] for row in rows for run in row.runs.get(panel[0], []))
-    ]
+    panels = [panel for panel in panels if any(run.curve(panel[1])[0] for row in rows for run in row.get(panel[0], []))]
     if not panels:
         return False
     figure, grid = new_figure(len(panels), len(rows))
@@ -29,7 +35,7 @@ def draw_curves(path, rows, labels):
     for axes, (kind, name, title) in zip(grid, panels, strict=True):
         drawn = []
         for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
-            runs = row.runs.get(kind, [])
+            runs = row.get(kind, [])
             if runs and runs not in drawn:  # one pre-training may have several rows, one for each data set it served
                 drawn.append(runs)
                 line = draw_band(axes, [run.curve(name) for run in runs], **style_of(index))
@@ -42,7 +48,7 @@ def draw_curves(path, rows, labels):
     return True
 
 
-def draw_band(axes, curves, **style):
+def draw_band(axes: "Axes", curves: list[tuple[list[int], list[float]]], **style: str) -> "Line2D | None":
     """The handle of the mean's line, or None where there is nothing to draw."""
     values = defaultdict(list)
     for epochs, numbers in curves:
@@ -53,16 +59,16 @@ def draw_band(axes, curves, **style):
         return None
     marker = "o" if len(epochs) == 1 else None
     (line,) = axes.plot(epochs, [statistics.fmean(values[epoch]) for epoch in epochs], marker=marker, **style)
-    low, high = ([choose(values[epoch]) for epoch in epochs] for choose in (min, max))
+    low, high = [min(values[epoch]) for epoch in epochs], [max(values[epoch]) for epoch in epochs]
     axes.fill_between(epochs, low, high, color=style["color"], alpha=0.2, linewidth=0)
     return line
 
 
-def draw_accuracies(path, rows, labels, kinds):
-    """A dot for each seed, beside it the mean with its interval, a panel for each kind."""
+def draw_accuracies(path: Path, rows: list[dict[str, list[Run]]], labels: list[str], kinds: list[str]) -> None:
+    """A dot for each seed, beside it the mean with its interval, a panel for each kind. Args as in draw_curves."""
     figure, grid = new_figure(len(kinds))
     for axes, kind in zip(grid, kinds, strict=True):
-        shown = [(index, row.runs[kind]) for index, row in enumerate(rows) if row.runs.get(kind)]
+        shown = [(index, row[kind]) for index, row in enumerate(rows) if row.get(kind)]
         for place, (index, runs) in enumerate(shown):
             values = [run.test["acc1"] for run in runs]
             color = style_of(index)["color"]
@@ -75,15 +81,17 @@ def draw_accuracies(path, rows, labels, kinds):
     finish(figure, path, {})
 
 
-def style_of(index):
+def style_of(index: int) -> dict[str, str]:
+    """Ten colours, then the same ones with other lines."""
     return {"color": f"C{index % 10}", "linestyle": ("-", "--", ":", "-.")[index // 10 % 4]}
 
 
-def wrap(label):
+def wrap(label: str) -> str:
+    """A label in at most three lines."""
     return textwrap.fill(picture_text(label), 36, max_lines=3, placeholder=" ...")
 
 
-def new_figure(num_panels, num_handles=0):
+def new_figure(num_panels: int, num_handles: int = 0) -> "tuple[Figure, list[Axes]]":
     """num_handles: of the legend that will need a place below."""
     from matplotlib.figure import Figure
 
@@ -94,7 +102,8 @@ def new_figure(num_panels, num_handles=0):
     return figure, list(figure.subplots(lines, columns, squeeze=False).flat)[:num_panels]
 
 
-def finish(figure, path, handles):
+def finish(figure: "Figure", path: Path, handles: dict[str, "Line2D"]) -> None:
+    """Writes a figure, with a legend of {label: line} below its panels; panels without data are left out."""
     for axes in figure.axes:
         axes.set_visible(axes.has_data())
     if handles:

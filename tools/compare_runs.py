@@ -21,12 +21,14 @@ import os
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from run_mae_pretraining import SAMPLERS
 from tools import paper_tables
 from tools.common import Formatter, run_tool, write_text
 from tools.compare_pictures import draw_accuracies, draw_curves
@@ -44,9 +46,13 @@ from tools.run_folders import (
 from tools.seed_statistics import interval, paired, wilson
 from utils import UsageError
 
-METRICS = {"loss": "reconstruction error", "motion_lift": "motion lift", "entropy": "entropy / log N",
-           "explained_variance": "explained variance"}  # fmt: skip
-ORDER = ("tube", "random", "frame", "motion", "adamae", "tats", SCRATCH)
+METRICS = {
+    "loss": "reconstruction error",
+    "motion_lift": "motion lift",
+    "entropy": "entropy / log N",
+    "explained_variance": "explained variance",
+}
+ORDER = (*SAMPLERS, SCRATCH)  # of the rows
 WARNING = (
     "Reconstruction errors are means over the masked tokens: under different masks they are errors of different "
     "tokens, and do not rank methods."
@@ -62,12 +68,14 @@ class Row:
     paper: dict[str, list[float]] = field(default_factory=dict)  # figures of each column
 
     @property
-    def scratch(self):
+    def scratch(self) -> bool:
         return SCRATCH in self.by
 
 
-def sort_key(row):
-    def part(value):
+def sort_key(row: Row) -> tuple:
+    """Numbers by size, mask types in ORDER, other text by the alphabet; from scratch last."""
+
+    def part(value: Hashable) -> tuple[int, float, str]:
         if isinstance(value, int | float):
             return 0, value, ""
         return 1, ORDER.index(value) if value in ORDER else -1, str(value)
@@ -75,7 +83,7 @@ def sort_key(row):
     return row.scratch, [part(value) for value in row.by], row.source or "", row.target or ""
 
 
-def build_rows(runs, by):
+def build_rows(runs: list[Run], by: tuple[str, ...]) -> list[Row]:
     """Rows of the runs without a problem, in order. Raises UsageError where two runs are one replicate."""
     scratch = [UNREAD] * len(by)
     scratch[by.index("mask_type") if "mask_type" in by else 0] = SCRATCH
@@ -101,7 +109,8 @@ def build_rows(runs, by):
     return sorted(rows, key=sort_key)
 
 
-def check_replicates(row, by):
+def check_replicates(row: Row, by: tuple[str, ...]) -> None:
+    """Sorts the runs of a row by seed. Raises UsageError where two of one kind have one seed."""
     for kind, runs in row.runs.items():
         first = {}
         for run in sorted(runs, key=lambda run: str(run.folder)):
@@ -110,14 +119,16 @@ def check_replicates(row, by):
                 one, two = settings(other, by), settings(run, by)
                 differ = [name for name in one if one[name] != two.get(name)]
                 apart = f"they differ in {', '.join(differ[:4])}" if differ else "nothing tells them apart"
-                use = "leave one out" + ", or tell the rows apart with --by" * (kind == PRETRAINING and bool(differ))
+                use = "leave one out"
+                if kind == PRETRAINING and differ:
+                    use += ", or tell the rows apart with --by"
                 raise UsageError(
                     f"{other.folder} and {run.folder}: two {kind} runs of one row with one seed ({apart}): {use}"
                 )
         runs.sort(key=lambda run: [-1 if seed is None else seed for seed in run.seed])
 
 
-def shared_sources(rows):
+def shared_sources(rows: list[Row]) -> Iterator[str]:
     """A line for each row and kind where several runs started from one pre-training run."""
     for row in rows:
         for kind, runs in row.runs.items():
@@ -129,7 +140,7 @@ def shared_sources(rows):
                 )
 
 
-def tested_best(runs):
+def tested_best(runs: list[Run]) -> Iterator[str]:
     """A line where runs of earlier revisions report the best epoch of the validation and not the last one."""
     old = [run for run in runs if str((run.test or {}).get("checkpoint", "")).endswith("checkpoint-best.pth")]
     if old:
@@ -137,7 +148,7 @@ def tested_best(runs):
         yield f"{len(old)} run(s) report the best epoch of the validation, not the last: test them again ({names})"
 
 
-def compared(row, base, kind):
+def compared(row: Row, base: Row, kind: str) -> tuple[float, float, float | None, int] | None:
     """seed_statistics.paired of the top-1 of common seeds, or None where there are fewer than two.
 
     Runs from scratch have no pre-training seed: there, the seed of what follows decides, if it tells the runs apart.
@@ -154,7 +165,7 @@ def compared(row, base, kind):
     return paired(*([side[key] for key in common] for side in sides))
 
 
-def is_value(value, text):
+def is_value(value: Hashable, text: str) -> bool:
     """Whether text, of the command line, means a flag's value."""
     try:
         return value == float(text) or str(value) == text
@@ -162,7 +173,7 @@ def is_value(value, text):
         return str(value) == text
 
 
-def find_baseline(row, rows, by, value):
+def find_baseline(row: Row, rows: list[Row], by: tuple[str, ...], value: str) -> Row | None:
     """The row of the baseline that a row is compared with, or None: the one with equal other flags, as far as the
     baseline's method reads them."""
     place = by.index("mask_type") if "mask_type" in by else 0
@@ -174,11 +185,12 @@ def find_baseline(row, rows, by, value):
     return None
 
 
-def shown_value(value):
+def shown_value(value: Hashable) -> str:
+    """A flag's value as the tables show it."""
     return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
-def short_paths(paths):
+def short_paths(paths: list[str | None]) -> dict[str, str]:
     """{path: what tells it from the others}."""
     paths = sorted(path for path in set(paths) if path)
     same_kind = len({os.path.isabs(path) for path in paths}) == 1
@@ -190,15 +202,30 @@ class Cells:
     """A row of the table: `text` for table.md, `numbers` for table.csv."""
 
     def __init__(self):
-        self.text, self.numbers = {}, {}
+        self.text: dict[str, str] = {}
+        self.numbers: dict[str, float | str | None] = {}
 
-    def add(self, heading, name, text, **numbers):
+    def add(self, heading: str, name: str, text: str, **numbers: float | str | None) -> None:
+        """A cell under a heading; its numbers are the columns NAME_PART, and NAME for the part ""."""
         self.text[heading] = text
         self.numbers |= {f"{name}_{part}" if part else name: value for part, value in numbers.items()}
 
-    def estimate(self, heading, name, values, digits, num_runs, videos=None):
-        """Mean ± half width over seeds of values that are there. Of accuracies also the error of the test set: what one
-        test of so many videos leaves open. All seeds are tested on the same videos, so more seeds do not shrink it."""
+    def add_number(self, heading: str, name: str, value: float | None, form: str) -> None:
+        """A cell with one number, in a format such as ".3f"."""
+        self.add(heading, name, "-" if value is None else format(value, form), **{"": value})
+
+    def estimate(
+        self,
+        heading: str,
+        name: str,
+        values: list[float | None],
+        digits: int,
+        num_runs: int,
+        videos: int | None = None,
+    ) -> None:
+        """Mean ± half width over seeds, of the values that are not None. For accuracies also the error of the test set:
+        what one test on that many videos leaves open. All seeds are tested on the same videos, so that more seeds do
+        not make it smaller."""
         values = [value for value in values if value is not None]
         mean, half = interval(values) if values else (None, None)
         low, high = wilson(mean, videos) if values and videos else (None, None)
@@ -206,22 +233,22 @@ class Cells:
         if half is not None:
             text += f" ± {half:.{digits}f}" + (f" (n = {len(values)})" if len(values) != num_runs else "")
         if low is not None:
-            text += f" ({'one run; ' * (len(values) == 1)}{videos} test videos alone leave {low:.1f} to {high:.1f})"
+            one = "one run; " if len(values) == 1 else ""
+            text += f" ({one}{videos} test videos alone leave {low:.1f} to {high:.1f})"
         self.add(heading, name, text, mean=mean, half_width=half, n=len(values))
         if videos is not None or name.endswith(("acc1", "acc5")):
             self.numbers |= {f"{name}_wilson_low": low, f"{name}_wilson_high": high}
 
 
-def summarise(row, base, kinds, baseline):
+def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None) -> Cells:
     """Cells of a row but for its name. base: the row of the baseline, or None."""
     cells = Cells()
     first = row.runs.get(PRETRAINING, [])
     num_runs = len(first) or max(map(len, row.runs.values()), default=0)
     cells.add("runs", "runs", str(num_runs or "-"), **{"": num_runs})
     for name, heading in METRICS.items():
-        cells.estimate(
-            heading, name, [run.last(f"train_{name}") for run in first], 4 if name == "loss" else 3, num_runs
-        )
+        values = [run.last(f"train_{name}") for run in first]
+        cells.estimate(heading, name, values, 4 if name == "loss" else 3, num_runs)
     for kind in kinds:
         runs = row.runs.get(kind, [])
         name = kind.replace("-", "_").replace(" ", "_")
@@ -230,14 +257,14 @@ def summarise(row, base, kinds, baseline):
             values = [run.test[f"acc{k}"] for run in runs]
             cells.estimate(f"{kind} top-{k} (%)", f"{name}_acc{k}", values, 2, num_runs, videos)
         if baseline:
-            add_paired(
-                cells, f"{kind} top-1 - {baseline}'s", f"{name}_minus_baseline", base and compared(row, base, kind)
-            )
+            result = compared(row, base, kind) if base else None
+            add_paired(cells, f"{kind} top-1 - {baseline}'s", f"{name}_minus_baseline", result)
     add_costs(cells, first, base.runs.get(PRETRAINING, []) if base else [], baseline)
     return cells
 
 
-def add_paired(cells, heading, name, result):
+def add_paired(cells: Cells, heading: str, name: str, result: tuple[float, float, float | None, int] | None) -> None:
+    """The cell of what `compared` returned."""
     difference, half, p, pairs = result or (None, None, None, None)
     text = "-"
     if result:
@@ -247,25 +274,27 @@ def add_paired(cells, heading, name, result):
     cells.add(heading, name, text, difference=difference, low=low, high=high, p=p, pairs=pairs)
 
 
-def add_costs(cells, runs, base, baseline):
+def add_costs(cells: Cells, runs: list[Run], base: list[Run], baseline: str | None) -> None:
+    """Seconds per step, their ratio to the baseline's, peak memory in GiB."""
     seconds, theirs = (average([run.step_time() for run in side]) for side in (runs, base))
-    cells.add("step (s)", "step_time", "-" if seconds is None else f"{seconds:.3f}", **{"": seconds})
+    cells.add_number("step (s)", "step_time", seconds, ".3f")
     if baseline:
         ratio = seconds / theirs if seconds and theirs else None
-        cells.add(f"step / {baseline}'s", "step_ratio", "-" if ratio is None else f"{ratio:.2f}", **{"": ratio})
+        cells.add_number(f"step / {baseline}'s", "step_ratio", ratio, ".2f")
     memory = max((run.memory() for run in runs if run.memory() is not None), default=None)
-    cells.add("peak memory (GiB)", "peak_memory", "-" if memory is None else f"{memory:.4g}", **{"": memory})
+    cells.add_number("peak memory (GiB)", "peak_memory", memory, ".4g")
 
 
-def average(values):
+def average(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are not None."""
     values = [value for value in values if value is not None]
     return statistics.fmean(values) if values else None
 
 
-def add_paper(rows, table, by, data_set):
+def add_paper(rows: list[Row], table: str, by: tuple[str, ...], data_set: str | None) -> None:
     """Puts the paper's figures beside the rows they are about, and adds rows for the others."""
 
-    def about(row, values, source, target):
+    def about(row: Row, values: tuple, source: str | None, target: str | None) -> bool:
         methods = {run.args["mask_type"] for run in row.runs.get(PRETRAINING, [])}  # an ablation is TATS's
         data_sets = paper_name(row.source), paper_name(row.target)
         return (
@@ -283,11 +312,12 @@ def add_paper(rows, table, by, data_set):
     rows.sort(key=sort_key)
 
 
-def paper_name(path):
+def paper_name(path: str | None) -> str | None:
+    """The paper's name of the data set, where the path tells it, else the path."""
     return path and (paper_tables.data_set_of(path) or path)
 
 
-def name_rows(rows, by, transfer):
+def name_rows(rows: list[Row], by: tuple[str, ...], transfer: bool) -> list[dict[str, str]]:
     """[{column: text}] that tells the rows apart; from and to where there are several, or transfer."""
     named = [dict(zip(by, map(shown_value, row.by), strict=True)) for row in rows]
     for column, paths in (("to", [row.target for row in rows]), ("from", [row.source for row in rows])):
@@ -297,7 +327,7 @@ def name_rows(rows, by, transfer):
     return named
 
 
-def labels_of(named):
+def labels_of(named: list[dict[str, str]]) -> list[str]:
     """A short name of each row, for the pictures."""
     varying = [column for column in named[0] if len({names[column] for names in named}) > 1] or list(named[0])
     return [
@@ -310,7 +340,8 @@ def labels_of(named):
     ]
 
 
-def markdown(title, lines, cells, notes):
+def markdown(title: str, lines: list[str], cells: list[dict[str, str]], notes: dict[str, list[str]]) -> str:
+    """table.md: a title, lines of text, a table with a dictionary {heading: text} per row, lists of notes."""
     headings = list(dict.fromkeys(heading for row in cells for heading in row))
     table = [headings, ["---"] * len(headings)] + [[row.get(heading, "-") for heading in headings] for row in cells]
     text = [f"# {title}", "", *lines, "", *("| " + " | ".join(row) + " |" for row in table), ""]
@@ -319,7 +350,8 @@ def markdown(title, lines, cells, notes):
     return "\n".join(text)
 
 
-def write_csv(path, rows):
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """The columns are those of all rows."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -328,7 +360,7 @@ def write_csv(path, rows):
     write_text(path, text.getvalue())
 
 
-def describe_run(run, by):
+def describe_run(run: Run, by: tuple[str, ...]) -> dict:
     """A row of runs.csv."""
     first = run if run.kind == PRETRAINING else run.source
     finished = run.args["epochs"] - 1 in run.log
@@ -336,14 +368,17 @@ def describe_run(run, by):
     described |= {"pretraining": run.source.folder if run.source else "", "data_path": run.args["data_path"]}
     for flag in by:
         known = first is not None and flag in first.args
-        described[flag] = value_of(first, flag) if known else SCRATCH if run.scratch else ""
+        if known:
+            described[flag] = value_of(first, flag)
+        else:
+            described[flag] = SCRATCH if run.scratch else ""
     if run.kind == PRETRAINING and finished:
         described |= {name: run.last(f"train_{name}") for name in METRICS}
     described |= {"step_time": run.step_time(), "peak_memory": run.memory()}
     return described | {name: (run.test or {}).get(name) for name in ("acc1", "acc5", "videos")}
 
 
-def check_flags(args):
+def check_flags(args: argparse.Namespace) -> None:
     """Fills in --by. Raises UsageError."""
     if args.paper:
         choices = paper_tables.BY[args.paper]
@@ -351,7 +386,7 @@ def check_flags(args):
             args.by = choices[0]
         if tuple(args.by or ()) not in choices:
             fitting = ", or ".join(f"--by {' '.join(flags)}" for flags in choices)
-            raise UsageError(f"--paper {args.paper} goes with {fitting}")
+            raise UsageError(f"--paper {args.paper} needs {fitting}")
     sets = paper_tables.DATA_SETS.get(args.paper, ())
     if (args.data_set or None) not in (sets or (None,)):
         use = f"give one of {', '.join(sets)}" if sets else "leave it out"
@@ -360,7 +395,8 @@ def check_flags(args):
     args.by = tuple(dict.fromkeys(args.by or ("mask_type", "mask_ratio")))
 
 
-def compare(args):
+def compare(args: argparse.Namespace) -> None:
+    """Raises UsageError."""
     check_flags(args)
     runs = find_runs(args.folders)
     left_out = [f"{run.folder}: {run.problem}" for run in runs if run.problem]
@@ -384,7 +420,10 @@ def compare(args):
     write_pictures(args.output, rows, labels_of(name_rows(rows, args.by, args.paper == "table2")))
 
 
-def write_tables(args, rows, cells, used, runs, left_out):
+def write_tables(
+    args: argparse.Namespace, rows: list[Row], cells: list[Cells], used: list[Run], runs: list[Run], left_out: list[str]
+) -> None:
+    """table.md, table.csv and runs.csv. used: the runs of the rows; left_out: a line for each other run."""
     columns = list(dict.fromkeys(column for row in rows for column in row.paper))
     for row, cell in zip(rows, cells, strict=True):
         for column in columns:
@@ -411,31 +450,40 @@ def write_tables(args, rows, cells, used, runs, left_out):
     print(f"wrote table.md, table.csv and runs.csv to {output}")
 
 
-def write_pictures(output, rows, labels):
-    kinds = [kind for kind in KINDS if any(kind in row.runs for row in rows)]
-    written = ["curves.png"] if draw_curves(Path(output, "curves.png"), rows, labels) else []
+def write_pictures(output: str, rows: list[Row], labels: list[str]) -> None:
+    """curves.png and accuracy.png, each where there is something to draw. labels: one per row."""
+    runs = [row.runs for row in rows]
+    kinds = [kind for kind in KINDS if any(kind in of_row for of_row in runs)]
+    written = ["curves.png"] if draw_curves(Path(output, "curves.png"), runs, labels) else []
     if kinds:
-        draw_accuracies(Path(output, "accuracy.png"), rows, labels, kinds)
+        draw_accuracies(Path(output, "accuracy.png"), runs, labels, kinds)
         written.append("accuracy.png")
     print(f"wrote {' and '.join(written)} to {output}")
 
 
-def get_parser():
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="searched for runs, with all below it")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--by", nargs="+", metavar="FLAG",
-                        help="pre-training flags whose combinations are the rows (default: mask_type mask_ratio, or "
-                        "what the paper's table has)")  # fmt: skip
-    parser.add_argument("--baseline", metavar="VALUE",
-                        help="of mask_type, where it is in --by, else of the first flag there; or scratch")  # fmt: skip
+    parser.add_argument(
+        "--by",
+        nargs="+",
+        metavar="FLAG",
+        help="pre-training flags whose combinations are the rows (default: mask_type mask_ratio, or "
+        "what the paper's table has)",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="VALUE",
+        help="of mask_type, where it is in --by, else of the first flag there; or scratch",
+    )
     parser.add_argument("--paper", choices=list(paper_tables.BY), help="put the paper's figures beside the rows")
     parser.add_argument("--data_set", metavar="NAME", help="whose figures, of tables 1 and 5")
     parser.add_argument("--title", default="Comparison of runs", help="of table.md")
     return parser
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     run_tool(compare, get_parser().parse_args(arguments))
 
 

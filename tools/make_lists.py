@@ -2,14 +2,14 @@
 
     python tools/make_lists.py --data_set UCF101 --annotations ucfTrainTestlist --videos UCF-101 --output lists
 
---annotations is the folder with the files as they are distributed (names may go on after what is given here):
+--annotations is the folder with the files as they are distributed (their names may have more characters at the end):
   UCF101        classInd.txt, trainlist0K.txt, testlist0K.txt (the test list becomes val.csv)
   HMDB51        CLASS_test_splitK.txt of all classes (1 = train.csv, 2 = val.csv, 0 = unused)
   SSV2          labels.json, train.json, validation.json, test.json, or with something-something-v2- in front
   Kinetics-400  train.csv, validate.csv or val.csv, test.csv, label_map.txt (without it: all labels in order)
 
-Videos are looked for by name anywhere below --videos: in a folder for each class or all in one, with the extension of
-the annotations or another (.mp4 after resizing). For Kinetics-400 the name is ID_START_END (six digits each) or ID.
+Videos are found by name anywhere below --videos: in a folder for each class or all in one, with the extension of the
+annotations or another (.mp4 after resizing). For Kinetics-400 the name is ID_START_END (six digits each) or ID.
 
 A list has `path label` on each line; line n of classes.txt, counted from 0, names label n. Paths below --output are
 written relative to it, others absolute. A test list with videos without a known label (-1) is called
@@ -23,8 +23,9 @@ import os
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -43,7 +44,8 @@ class Entry(NamedTuple):
     suffix: str
 
     @property
-    def expected(self):
+    def expected(self) -> str:
+        """The path below --videos where the file should be."""
         return os.path.join(self.folder, self.names[0] + self.suffix)
 
 
@@ -52,7 +54,10 @@ class Entry(NamedTuple):
 # {"train" | "val" | "test": list of Entry}, without those whose file is not there.
 
 
-def read_ucf101(folder, split):
+Splits = dict[str, list[Entry]]
+
+
+def read_ucf101(folder: str, split: int) -> tuple[list[str], Splits]:
     ids = {}
     path = find_file(folder, ("classInd",), ".txt")
     for where, line in lines_of(path):
@@ -75,7 +80,7 @@ def read_ucf101(folder, split):
     return sorted(ids, key=ids.get), splits
 
 
-def read_hmdb51(folder, split):
+def read_hmdb51(folder: str, split: int) -> tuple[list[str], Splits]:
     pattern = re.compile(rf"(.+)_test_split{split}.*\.txt")
     files = {match[1]: name for name in os.listdir(folder) if (match := pattern.fullmatch(name))}
     if not files:
@@ -90,8 +95,8 @@ def read_hmdb51(folder, split):
     return classes, splits
 
 
-def read_ssv2(folder, split):
-    def load(name, kind, required=True):
+def read_ssv2(folder: str, split: int) -> tuple[list[str], Splits]:
+    def load(name: str, kind: type, required: bool = True) -> tuple[str | None, Any]:
         path = find_file(folder, (name, f"something-something-v2-{name}"), ".json", required)
         if path is None:
             return None, None
@@ -102,7 +107,7 @@ def read_ssv2(folder, split):
         except (ValueError, RecursionError) as error:  # a number of 5000 digits, 100,000 brackets
             raise UsageError(f"{path}: not the file of the data set ({error})") from error
         if not isinstance(content, kind):
-            raise UsageError(f"{path}: not the file of the data set, it holds no {kind.__name__}")
+            raise UsageError(f"{path}: not the file of the data set, it is no {kind.__name__}")
         return path, content
 
     path, labels = load("labels", dict)
@@ -127,7 +132,7 @@ def read_ssv2(folder, split):
     return sorted(ids, key=ids.get), splits
 
 
-def read_kinetics400(folder, split):
+def read_kinetics400(folder: str, split: int) -> tuple[list[str], Splits]:
     files = {}
     for name, stems in (("train", ("train",)), ("val", ("validate", "val")), ("test", ("test",))):
         path = find_file(folder, stems, ".csv", required=False)
@@ -169,8 +174,9 @@ READERS = {  # and the number of classes
 }
 
 
-def find_file(folder, stems, suffix, required=True):
-    """Path of the one file whose name starts with one of stems; None where there is none and it is not required."""
+def find_file(folder: str, stems: tuple[str, ...], suffix: str, required: bool = True) -> str | None:
+    """Path of the one file whose name starts with one of stems; None where there is none and it is not required.
+    Raises: UsageError."""
     found = sorted(name for name in os.listdir(folder) if name.startswith(stems) and name.endswith(suffix))
     found = [name for name in found if name.removesuffix(suffix) in stems] or found
     if len(found) > 1:
@@ -180,8 +186,9 @@ def find_file(folder, stems, suffix, required=True):
     return os.path.join(folder, found[0]) if found else None
 
 
-def read_text(path):
-    if not os.path.isfile(path):  # a pipe would be waited for
+def read_text(path: str) -> str:
+    """Raises: UsageError where it is no text file."""
+    if not os.path.isfile(path):  # reading a pipe would wait for a writer
         raise UsageError(f"{path}: not a regular file")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -189,21 +196,23 @@ def read_text(path):
         raise UsageError(f"{path}: not a text file ({error.reason})") from error
 
 
-def lines_of(path):
+def lines_of(path: str) -> Iterator[tuple[str, str]]:
     """Yields ("FILE, line N", line) for the lines that are not blank."""
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             yield f"{path}, line {number}", line.strip()
 
 
-def fields(where, line, pattern, wanted):
+def fields(where: str, line: str, pattern: str, wanted: str) -> tuple[str, ...]:
+    """The groups of a pattern that the whole line matches. Raises: UsageError, with the form wanted."""
     match = re.fullmatch(pattern, line)
     if match is None:
         raise UsageError(f"{where}: {excerpt(line)} is not {wanted}")
     return match.groups()
 
 
-def label_of(ids, name, where):
+def label_of(ids: dict[str, int], name: str, where: str) -> int:
+    """Raises: UsageError for an unknown class."""
     if name not in ids:
         raise UsageError(f"{where}: unknown class {excerpt(name)}")
     return ids[name]
@@ -215,15 +224,16 @@ def label_of(ids, name, where):
 class Index:
     """The video files below a folder, found by name in one walk."""
 
-    def __init__(self, folder, classes):
-        self.files = defaultdict(list)  # {name without extension: paths}
+    def __init__(self, folder: str, classes: Iterable[str]):
+        self.files: dict[str, list[str]] = defaultdict(list)  # {name without extension: paths}
         self.count = 0
         for self.count, path in enumerate(find_videos(folder), 1):
             self.files[os.path.splitext(os.path.basename(path))[0]].append(path)
         self.class_folders = {_plain(name) for name in classes}
 
-    def find(self, entry):
-        """The path of an entry's file or None. The folder of another class is not looked into: names may repeat."""
+    def find(self, entry: Entry) -> str | None:
+        """The path of an entry's file or None. Folders of other classes are left out: names may repeat.
+        Raises: UsageError for two files."""
         for name in entry.names:
             found = []
             for path in self.files.get(name, ()):
@@ -239,11 +249,12 @@ class Index:
         return None
 
 
-def _plain(name):
+def _plain(name: str) -> str:
     return name.lower().replace("_", " ")  # the folders of Kinetics-400 come with spaces or underscores
 
 
-def make_lists(args):
+def make_lists(args: argparse.Namespace) -> None:
+    """Raises: UsageError."""
     for flag, folder in (("--annotations", args.annotations), ("--videos", args.videos)):
         if not os.path.isdir(folder):
             raise UsageError(f"{flag} {folder}: no such folder")
@@ -267,7 +278,7 @@ def make_lists(args):
         found = [(index.find(entry), entry) for entry in entries]
         absent = [entry.expected for path, entry in found if path is None]
         if absent:
-            named = ", ".join(absent[:3]) + ", ..." * (len(absent) > 3)
+            named = ", ".join([*absent[:3], "..."] if len(absent) > 3 else absent)
             print(f"warning: {len(absent)} of {len(entries)} videos of {split}.csv are not below {videos}: {named}")
             missing += [f"{split}.csv {path}\n" for path in absent]
         if args.missing == "keep":
@@ -296,7 +307,7 @@ def make_lists(args):
         print(f"{missing_file}: the {len(missing)} missing videos; --missing {args.missing}")
 
 
-def get_parser():
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--data_set", required=True, choices=READERS)
     parser.add_argument("--annotations", required=True, metavar="FOLDER", help="the official annotation files")
@@ -313,7 +324,7 @@ def get_parser():
     return parser
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     run_tool(make_lists, get_parser().parse_args(arguments))
 
 

@@ -26,16 +26,17 @@ from tools.common import Formatter, run_tool, write_list
 from utils import UsageError
 
 
-def allocate(sizes, total):
+def allocate(sizes: dict[int, int], total: int) -> dict[int, int]:
     """Shares out total videos over classes of the given sizes ({label: videos}), in proportion.
 
     Returns: {label: videos}, summing to total, none above its size, none 0 where total >= the number of classes.
     """
     all_videos = sum(sizes.values())
-    least = int(total >= len(sizes))
+    least = 1 if total >= len(sizes) else 0
     shares = {label: max(least, total * size // all_videos) for label, size in sizes.items()}
 
-    def shortfall(label):  # exact, in videos times all_videos
+    def shortfall(label: int) -> int:
+        """Exact, in videos times all_videos."""
         return total * sizes[label] - shares[label] * all_videos
 
     while sum(shares.values()) < total:
@@ -45,7 +46,7 @@ def allocate(sizes, total):
     return shares
 
 
-def draw(paths, labels, total, seed):
+def draw(paths: list[str], labels: list[int], total: int, seed: int) -> tuple[list[str], list[int]]:
     """Returns paths and labels of a subset of exactly total videos, sorted by label and path."""
     classes = defaultdict(list)
     for path, label in zip(paths, labels, strict=True):
@@ -59,7 +60,8 @@ def draw(paths, labels, total, seed):
     return [path for path, _ in chosen], [label for _, label in chosen]
 
 
-def make_subset(args):
+def make_subset(args: argparse.Namespace) -> None:
+    """Raises UsageError."""
     paths, labels = read_list(args.list)
     if args.count_like is not None:
         flag, total = f"--count_like {args.count_like}", len(read_list(args.count_like)[0])
@@ -71,7 +73,7 @@ def make_subset(args):
             raise UsageError(f"{flag}: give a share of the list above 0 and at most 1")
         total = round(args.fraction * len(paths))
     if not 1 <= total <= len(paths):
-        raise UsageError(f"{flag} asks for {total} videos, {args.list} has {len(paths)}")
+        raise UsageError(f"{flag}: {total} videos cannot be drawn from the {len(paths)} of {args.list}")
     if os.path.realpath(args.output) == os.path.realpath(args.list):
         raise UsageError(f"--output {args.output} is the list itself: choose another name")
     chosen, chosen_labels = draw(paths, labels, total, args.seed)
@@ -85,7 +87,7 @@ def make_subset(args):
         print(f"warning: fewer videos than classes; {len(lost)} have none, among them label {lost[0]}")
 
 
-def get_parser():
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--list", required=True, help="list to draw from: `path label` on each line")
     parser.add_argument("--output", required=True, help="list to write")
@@ -97,7 +99,7 @@ def get_parser():
     return parser
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     run_tool(make_subset, get_parser().parse_args(arguments))
 
 

@@ -1,5 +1,5 @@
-"""What frozen features and reconstructions of pre-trained autoencoders say, without training: minutes become seconds, and
-the same checkpoint gives the same numbers.
+"""What frozen features and reconstructions of pre-trained autoencoders say, without training: seconds per run, and the
+same checkpoint gives the same numbers.
 
     python tools/measure.py output/compare/embedded --data_path output/shapes
 
@@ -10,8 +10,8 @@ for each pre-training run below the folders writes measures.json beside its newe
     knn                   top-1 (%) of the 20 nearest training clips by cosine
     motion_auc            how well a ridge regression on a token's features tells whether a moving shape covers it, as
                           area under the ROC curve (0.5: not at all); only where --data_path has masks/
-    error_moving, error_still   reconstruction error under the same random masks for every run, of the tokens whose frame
-                          difference is above their clip's mean, and of the others
+    error_moving, error_still   reconstruction error under the same random masks for every run: of the tokens whose
+                          frame difference is above their clip's mean, and of the others
 """
 
 import argparse

@@ -22,24 +22,28 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from datasets.decoding import VideoError, decoders_for, display_matrices, open_video, upright
+from datasets.decoding import PyAVReader, VideoError, decoders_for, display_matrices, open_video, upright
 from datasets.lists import read_list
 from tools.common import Formatter, find_videos, replacing, run_all, run_tool, temporary_name, write_list, write_text
 from utils import UsageError
 
+if TYPE_CHECKING:
+    import av
 
-def output_size(height, width, short_side):
+
+def output_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     """Even height and width with the given short side; a smaller video keeps its size, less an odd row or column."""
     if min(height, width) <= short_side:
         return height // 2 * 2, width // 2 * 2
     return tuple(2 * round(side * short_side / min(height, width) / 2) for side in (height, width))
 
 
-def resize_video(source, target, short_side, gop, crf):
+def resize_video(source: str, target: str, short_side: int, gop: int, crf: int) -> None:
     """Writes source to target, which appears when it is complete. Raises: VideoError, naming source."""
     import av
 
@@ -52,8 +56,8 @@ def resize_video(source, target, short_side, gop, crf):
             raise VideoError(source, f"cannot be re-encoded ({error})") from error
 
 
-def encode(video, result, short_side, gop, crf):
-    """Encodes all frames that training reads of an open video (a PyAVReader) into the container `result`."""
+def encode(video: PyAVReader, result: "av.container.OutputContainer", short_side: int, gop: int, crf: int) -> None:
+    """Encodes all frames that training reads of an open video into a container. Raises: VideoError."""
     import av
     import numpy as np
 
@@ -100,8 +104,9 @@ def encode(video, result, short_side, gop, crf):
     result.mux(output.encode())
 
 
-def plan(args):
-    """Returns lists {name: (sources, labels)} ({} without --list) and targets {source: target}, absolute paths."""
+def plan(args: argparse.Namespace) -> tuple[dict[str, tuple[list[str], list[int]]], dict[str, str]]:
+    """Returns lists {name: (sources, labels)} ({} without --list) and targets {source: target}, absolute paths.
+    Raises: UsageError, ListError."""
     output = os.path.abspath(args.output)
     root = os.path.abspath(args.videos) if args.videos else None
     if root and not os.path.isdir(root):
@@ -130,7 +135,7 @@ def plan(args):
     return lists, targets
 
 
-def resize_videos(args):
+def resize_videos(args: argparse.Namespace) -> int:
     """Returns 1 if any video could not be re-encoded, else 0."""
     if args.short_side < 16 or args.short_side % 2 or not 1 <= args.gop <= 10_000 or not 0 <= args.crf <= 51:
         raise UsageError("--short_side must be even and at least 16, --gop from 1 to 10000, --crf from 0 to 51")
@@ -143,7 +148,7 @@ def resize_videos(args):
     os.makedirs(args.output, exist_ok=True)
     text = json.dumps(settings) + "\n"
     if os.path.exists(record) and not (os.path.isfile(record) and Path(record).read_bytes() == text.encode()):
-        raise UsageError(f"--output {args.output} holds videos of other settings ({record}): choose another folder")
+        raise UsageError(f"--output {args.output} has videos of other settings ({record}): choose another folder")
     write_text(record, text)
 
     todo = [(source, target) for source, target in targets.items() if not os.path.exists(target)]
@@ -163,10 +168,10 @@ def resize_videos(args):
         path = os.path.join(args.output, name)
         write_list(path, [target for target, _ in listed], [label for _, label in listed])
         print(f"{path}: {len(listed)} of {len(paths)} videos")
-    return int(bool(failed))
+    return 1 if failed else 0
 
 
-def get_parser():
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--list", nargs="+", action="extend", help="list(s) of videos: `path label` on each line")
     parser.add_argument("--videos", metavar="FOLDER", help="all videos below; with --list, where paths start")
@@ -181,7 +186,7 @@ def get_parser():
     return parser
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     run_tool(resize_videos, get_parser().parse_args(arguments))
 
 

@@ -1,34 +1,34 @@
 """Folders that runs leave (args.json, log.txt, test.json): reading them, which belong together, and how they differ."""
 
+import functools
 import json
 import math
 import os
 import statistics
 from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from run_mae_pretraining import get_parser
+from runtime.resume import FREE_ON_RESUME
 from utils import UsageError
 
 PRETRAINING, SCRATCH = "pre-training", "scratch"
 KINDS = ("fine-tuning", "linear probe", "attentive probe")  # what yields accuracies
 CHECKPOINTS = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")  # a --finetune of another name is a folder
 UNREAD = "-"  # the value of a flag that a run's method does not read
-READ_BY = dict.fromkeys(
-    "tats_attention tats_blocks num_landmarks landmark_gradient softmax_temp tats_logit_cap tats_lr tats_eps "
-    "tats_start_epoch tats_rollout_steps ppo_epochs ppo_clip policy_coef value_coef entropy_coef "
-    "normalize_advantage".split(),
-    "tats",
-) | {"adamae_coef": "adamae"}  # fmt: skip
-# May differ unmentioned: those of runtime.resume.FREE_ON_RESUME, device, pictures. Rows tell data_path and seed; where
-# --finetune points, the clips of a step and the settings of the test are compared on their own (settings).
-FREE = set(
-    "resume auto_resume start_epoch output_dir log_dir num_workers pin_mem print_freq rank local_rank world_size "
-    "distributed dist_url dist_on_itp save_ckpt_freq finetune model_key model_prefix use_checkpoint "
-    "checkpoint_modules eval test_num_segment test_num_crop allow_missing test_data_path save_ckpt "
-    "save_ckpt_minutes keep_last enable_deepspeed zero_stage offload fused_adam deepspeed_config picture_freq "
-    "device data_path seed".split()
-)
+# May differ without a note. The rows of the table tell data_path and seed; the source of --finetune, the clips per step
+# and the settings of the test are compared on their own (settings).
+FREE = FREE_ON_RESUME | {"device", "data_path", "seed"}
+
+
+@functools.cache
+def read_by() -> dict[str, str]:
+    """{flag: the only mask type that reads it}."""
+    (group,) = (group for group in get_parser()._action_groups if group.title == "TATS and PPO")
+    return {action.dest: "tats" for action in group._group_actions} | {"adamae_coef": "adamae"}
 
 
 @dataclass(eq=False)
@@ -43,37 +43,40 @@ class Run:
     problem: str = ""  # why it is left out
 
     @property
-    def scratch(self):
+    def scratch(self) -> bool:
+        """Whether training began with random weights."""
         return self.kind in KINDS and not self.args["finetune"]
 
     @property
-    def seed(self):
+    def seed(self) -> tuple[int | None, int | None]:
         """What tells replicates apart: (seed of the pre-training or None, seed of what followed or None)."""
         if self.kind == PRETRAINING:
             return self.args["seed"], None
         return self.source.args["seed"] if self.source else None, self.args["seed"]
 
-    def curve(self, name):
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Epochs that logged it, and its values."""
         found = [(epoch, record[name]) for epoch, record in sorted(self.log.items()) if record.get(name) is not None]
         return [epoch for epoch, _ in found], [value for _, value in found]
 
-    def last(self, name):
+    def last(self, name: str) -> Any:
+        """What the last epoch logged, or None."""
         return self.log[self.args["epochs"] - 1].get(name)
 
-    def step_time(self):
-        """Median over epochs, of TATS over those that trained it."""
+    def step_time(self) -> float | None:
+        """Seconds per step: the median over epochs, for TATS over the epochs that trained it. None: not logged."""
         epochs, seconds = self.curve("train_step_time")
         start = self.args.get("tats_start_epoch", 0) if self.args.get("mask_type") == "tats" else 0
         seconds = [value for epoch, value in zip(epochs, seconds, strict=True) if epoch >= start] or seconds
         return statistics.median(seconds) if seconds else None
 
-    def memory(self):
+    def memory(self) -> float | None:
         """The most that a process held, in GiB, or None where that was not logged."""
         return max(self.curve("train_peak_memory")[1], default=None)
 
 
-def read_json(path):
+def read_json(path: Path) -> dict:
+    """Raises UsageError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -83,8 +86,8 @@ def read_json(path):
     return content
 
 
-def read_log(path):
-    """{epoch: record}; a line that a crash cut off counts for nothing."""
+def read_log(path: Path) -> dict[int, dict]:
+    """{epoch: record}; a line that a crash cut off is skipped."""
     records = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
@@ -96,15 +99,19 @@ def read_log(path):
     return records
 
 
-def kind_of(args):
+def kind_of(args: dict) -> str:
+    """Run.kind by the flags that args.json has."""
     if "mask_type" in args:
         return PRETRAINING
     if "nb_classes" not in args:
         return ""
-    return KINDS[1 if args.get("linear_probe") else 2 if args.get("attentive_probe") else 0]
+    fine_tuning, linear_probe, attentive_probe = KINDS
+    if args.get("linear_probe"):
+        return linear_probe
+    return attentive_probe if args.get("attentive_probe") else fine_tuning
 
 
-def read_run(folder):
+def read_run(folder: Path) -> Run:
     """Raises UsageError."""
     path = folder / "args.json"
     content = read_json(path)
@@ -126,7 +133,8 @@ def read_run(folder):
     return run
 
 
-def problem_of(run):
+def problem_of(run: Run) -> str:
+    """Why a run cannot be compared, or ""."""
     last = run.args["epochs"] - 1
     if not run.kind:
         return "neither a pre-training nor a fine-tuning run"
@@ -135,11 +143,12 @@ def problem_of(run):
     return "unfinished, there is no test.json" if run.kind != PRETRAINING and run.test is None else ""
 
 
-def refuse(error):
+def refuse(error: OSError) -> None:
+    """os.walk would skip a folder that cannot be read."""
     raise error
 
 
-def find_runs(folders):
+def find_runs(folders: list[str]) -> list[Run]:
     """All runs in and below the folders, each once, fine-tuning runs with their sources. Raises UsageError."""
     found = {}
     for folder in folders:
@@ -160,7 +169,7 @@ def find_runs(folders):
     return runs
 
 
-def source_of(run, candidates):
+def source_of(run: Run, candidates: list[Run]) -> Run | None:
     """The pre-training run whose folder --finetune lies in, or None. Raises UsageError where it may be either of two.
 
     The trees may have been moved, and paths may be relative: first the checkpoint is sought where it lies as seen
@@ -169,7 +178,7 @@ def source_of(run, candidates):
     given = Path(os.path.normpath(run.args["finetune"]))
     parent = given.parent if given.suffix in CHECKPOINTS else given  # else the run's folder, whose newest was taken
     own, recorded = Path(os.path.realpath(run.folder)).parts, Path(os.path.normpath(run.args["output_dir"])).parts
-    same = len(os.path.commonprefix([own[::-1], recorded[::-1]]))  # parts at the end
+    same = len(os.path.commonprefix([own[::-1], recorded[::-1]]))  # number of equal parts at the end
     moved_from, moved_to = recorded[: len(recorded) - same], own[: len(own) - same]
     beside = None
     if same and parent.parts[: len(moved_from)] == moved_from:
@@ -192,21 +201,21 @@ def source_of(run, candidates):
     return None
 
 
-def value_of(run, flag):
-    """Of a pre-training run; hashable. Raises UsageError."""
+def value_of(run: Run, flag: str) -> Hashable:
+    """A flag's value in a pre-training run, UNREAD where its method does not read it. Raises UsageError."""
     if flag not in run.args:
         raise UsageError(f"--by {flag}: the pre-training run {run.folder} has no such flag")
-    if READ_BY.get(flag, run.args["mask_type"]) != run.args["mask_type"]:
+    if read_by().get(flag, run.args["mask_type"]) != run.args["mask_type"]:
         return UNREAD
     value = run.args[flag]
     return tuple(value) if isinstance(value, list) else value
 
 
-def settings(run, by):
+def settings(run: Run, by: tuple[str, ...]) -> dict[str, str]:
     """{name: value as text} of what should be equal in runs that are compared."""
     args = run.args
     free = FREE | (set(by) if run.kind == PRETRAINING else set())
-    named = {f"--{name}": UNREAD for name, method in READ_BY.items() if method != args.get("mask_type")}
+    named = {f"--{name}": UNREAD for name, method in read_by().items() if method != args.get("mask_type")}
     named |= {f"--{name}": str(args[name]) for name in args if name not in free and f"--{name}" not in named}
     clips = [args.get(name, 1) for name in ("batch_size", "accum_iter", "world_size")]
     clips += [args.get("num_sample", 1)] if args.get("batch_counts") == "videos" else []  # earlier runs counted clips
@@ -224,7 +233,7 @@ def settings(run, by):
     }
 
 
-def differences(runs, by):
+def differences(runs: list[Run], by: tuple[str, ...]) -> list[str]:
     """A line for each setting that runs of one kind, fine-tuned on the same, do not share."""
     root = os.path.commonpath([os.path.abspath(run.folder.parent) for run in runs])
     groups, lines = defaultdict(list), []
@@ -243,5 +252,6 @@ def differences(runs, by):
     return lines
 
 
-def listing(names):
+def listing(names: list[str]) -> str:
+    """The first six names, and how many more there are."""
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

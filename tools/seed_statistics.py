@@ -1,36 +1,36 @@
 """What a few seeds tell: intervals and the paired test."""
 
-import math
 import statistics
 
 
-def interval(values):
-    """Mean, and half the width of its 95 % interval by Student's t (None of one value)."""
-    import scipy.stats
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % interval by Student's t (None for a single value)."""
+    from scipy.stats import ttest_1samp
 
-    n = len(values)
-    if n < 2:
-        return values[0], None
-    return statistics.fmean(values), float(scipy.stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-
-
-def wilson(percent, videos):
-    """95 % interval in % of the accuracy that one test on so many videos gave."""
-    z = statistics.NormalDist().inv_cdf(0.975)
-    share, spread = percent / 100, z * z / videos
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / videos + spread / (4 * videos)) / (1 + spread)
-    return 100 * (middle - half), 100 * (middle + half)
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    if min(values) == max(values):  # t is not defined
+        return mean, 0.0
+    return mean, float(ttest_1samp(values, mean).confidence_interval(0.95).high) - mean
 
 
-def paired(ours, theirs):
-    """Of equally many values, those of one seed at one place.
+def wilson(percent: float, videos: int) -> tuple[float, float]:
+    """95 % interval in % of the accuracy that one test on that many videos gave."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(round(percent / 100 * videos), videos).proportion_ci(0.95, method="wilson")
+    return 100 * float(low), 100 * float(high)
+
+
+def paired(ours: list[float], theirs: list[float]) -> tuple[float, float, float | None, int]:
+    """Of equally many values, two or more; those of one seed have one index.
 
     Returns: mean difference, half the width of its 95 % interval, p of the paired t test (None where all differences
-    are equal, which leaves it nothing to divide by), number of pairs.
+    are equal), number of pairs.
     """
-    import scipy.stats
+    from scipy.stats import ttest_rel
 
     difference, half = interval([a - b for a, b in zip(ours, theirs, strict=True)])
-    p = float(scipy.stats.ttest_rel(ours, theirs).pvalue) if half else None
-    return difference, half, p, len(ours)
+    assert half is not None
+    return difference, half, float(ttest_rel(ours, theirs).pvalue) if half else None, len(ours)

@@ -214,7 +214,7 @@ def test_no_finetuning_step_waits(flags, mixup, average):
 
 
 def test_computed_memory_is_the_measured():
-    """bench/memory.py's count of live bytes against the allocator's peak, for ViT-B as users train it."""
+    """Live bytes as bench/step.py --memory counts them against the allocator's peak, for ViT-B as users train it."""
     from without_gpu import peak_of_a_step
 
     flags = (

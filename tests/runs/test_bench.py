@@ -150,28 +150,29 @@ def test_step_explains_what_it_cannot_do(run_here, flags, message):
 
 
 def test_step_refuses_a_reference_that_disagrees(run_here, monkeypatch):
-    import reference
+    import step
 
-    monkeypatch.setattr(reference, "load_weights", lambda *args: None)
+    monkeypatch.setattr(step, "load_weights", lambda *args: None)
     with pytest.raises(SystemExit, match="on the same weights and masks transformers' loss is .* nothing was timed"):
         run_here(f"{SMALL_STEP} --rows transformers")
 
 
 def test_memory_computed_without_a_gpu_is_that_of_the_tensors(run_here):
-    flags = "--model pretrain_videomae_tiny_patch8_64 --input_size 16 --num_frames 2 --mask_ratio 0.75 --amp none"
+    flags = "--model pretrain_videomae_tiny_patch8_64 --input_size 16 --num_frames 2 --mask_ratio 0.75"
     small, large = (
         {
             row["masks"]: row
-            for row in run_here(f"bench/memory.py --rows tube tats-mha {flags} --batch_size {size}")[0][1]
+            for row in run_here(
+                f"bench/step.py --memory --device cpu --dtype fp32 --rows tube tats-mha {flags} --batch_size {size}"
+            )[0][1]
         }
         for size in (1000, 3000)
     )
     parameters = sum(p.numel() for p in build_mae(get_parser().parse_args(flags.split())).parameters())
     assert float(small["tube"]["weights, optimizer GB"]) == pytest.approx(12 * parameters / 1e9, abs=0.01)
     for name, row in small.items():
-        activations = [float(r[name]["peak GB"]) - float(r[name]["weights, optimizer GB"]) for r in (small, large)]
-        assert activations[1] == pytest.approx(3 * activations[0], rel=0.05), row
-    assert float(small["tats-mha"]["peak GB"]) > float(small["tube"]["peak GB"])
+        assert float(large[name]["step GB"]) == pytest.approx(3 * float(row["step GB"]), rel=0.05)
+    assert float(small["tats-mha"]["together GB"]) > float(small["tube"]["together GB"])
 
 
 TINY_CLIP = ["--model", "pretrain_videomae_tiny_patch8_64", "--input_size", "16", "--num_frames", "2"]

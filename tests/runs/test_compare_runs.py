@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib.image
@@ -14,8 +15,7 @@ import pytest
 
 import run_class_finetuning
 import run_mae_pretraining
-from runtime import resume
-from tools import compare_runs, paper_tables, run_folders
+from tools import compare_runs, paper_tables
 from utils import write_run_description
 
 T_2 = 4.302653  # 97.5 % quantile of Student's t with 2 degrees of freedom, from a printed table
@@ -220,18 +220,6 @@ def test_flags_that_a_method_does_not_read_make_no_rows_and_no_notes(tmp_path):
         ("tube", "-", "2"), ("tats", "1e-05", "1"),
     ]  # fmt: skip
     assert float(table[1]["step_ratio"]) == 1.0 and "Differs" not in text
-
-
-def test_every_flag_of_one_method_alone_is_known():
-    parser = run_mae_pretraining.get_parser()
-    (group,) = [group for group in parser._action_groups if group.title == "TATS and PPO"]
-    own = {action.dest for action in group._group_actions} | {"adamae_coef"}
-    assert set(run_folders.READ_BY) == own
-
-
-def test_flags_that_may_differ_are_those_of_a_resume_and_no_more():
-    assert run_folders.FREE == resume.FREE_ON_RESUME | {"device", "data_path", "seed", "picture_freq"}
-    assert set(run_mae_pretraining.SAMPLERS) == set(compare_runs.ORDER) - {"scratch"}
 
 
 def test_other_flags_that_differ_are_named_with_values_and_runs(tmp_path):
@@ -490,17 +478,19 @@ def test_papers_ablations_go_by_the_flags(tmp_path):
 
 def test_papers_tables_are_whole():
     """TATS is best but for the top-5 that the text concedes, a tie and one more; top-5 is above top-1 everywhere."""
-    tables = [*paper_tables.TABLE1.items(), *paper_tables.TABLE2.items(), (None, paper_tables.TABLE9)]
+    groups = defaultdict(dict)
+    for row in paper_tables.FIGURES:
+        if "mask_type" in row.flags:
+            metrics = groups[row.source, row.data_set, row.flags["mask_ratio"]]
+            metrics[row.flags["mask_type"]] = row.metrics["top-1"], row.metrics["top-5"]
     beaten = []
-    for name, ratios in tables:
-        for ratio, (tube1, tube5, ada1, ada5, ours1, ours5) in ratios.items():
-            assert ours1 > max(tube1, ada1) and tube1 < tube5 and ada1 < ada5 and ours1 < ours5
-            beaten += [(name, ratio)] * (ours5 <= max(tube5, ada5))
-    assert sorted(map(str, beaten)) == [
-        "('HMDB51', 0.85)",
-        "(('K400', 'HMDB51'), 0.85)",
-        "(('SSv2', 'HMDB51'), 0.95)",
-    ]
+    for group, methods in groups.items():
+        assert set(methods) == {"tube", "adamae", "tats"} and all(top1 < top5 for top1, top5 in methods.values())
+        assert max(methods, key=methods.get) == "tats"
+        if methods["tats"][1] <= max(methods["tube"][1], methods["adamae"][1]):
+            beaten.append(group)
+    assert len(groups) == 4 * 3 + 5 * 3 + 1
+    assert beaten == [(None, "HMDB51", 0.85), ("K400", "HMDB51", 0.85), ("SSv2", "HMDB51", 0.95)]
 
 
 def test_the_shared_page_of_the_method_has_the_same_figures(shared_data):
@@ -508,13 +498,17 @@ def test_the_shared_page_of_the_method_has_the_same_figures(shared_data):
     if not page.is_file():
         return  # beside the data in the project's own checkout alone; the figures above are checked anyway
     text = page.read_text()
-    for name, ratios in paper_tables.TABLE1.items():
-        for ratio, figures in ratios.items():
-            assert f"{ratio:.2f}".lstrip("0") + ": " + "/".join(f"{figure:.2f}" for figure in figures[::2]) in text, (
-                name
-            )
-    for (e, k), (ucf, _) in paper_tables.TABLE5.items():
-        assert f"({e},{k}) {f'{ucf:.4f}'.lstrip('0')}" in text
+    top1 = defaultdict(list)
+    for row in paper_tables.FIGURES:
+        if row.table == "table1":
+            top1[row.data_set, row.flags["mask_ratio"]].append(f"{row.metrics['top-1']:.2f}")
+        if row.table == "table5" and row.data_set == "UCF101":
+            e, k = row.flags.values()
+            error = f"{row.metrics['error']:.4f}".lstrip("0")
+            assert f"({e},{k}) {error}" in text
+    assert len(top1) == 4 * 3
+    for (_, ratio), figures in top1.items():
+        assert f"{ratio:.2f}".lstrip("0") + ": " + "/".join(figures) in text
 
 
 # ----------------------------------------------------------------------------------------------------------- errors

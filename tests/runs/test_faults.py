@@ -1,4 +1,4 @@
-"""What bench/faults.py found, held in small: full disks, damaged checkpoints and logs, Ctrl-C, signals in a test."""
+"""Faults in small: full disks, damaged checkpoints and logs, Ctrl-C, signals in a test. In large: tests/slow."""
 
 import contextlib
 import errno

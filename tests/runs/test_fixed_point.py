@@ -1,13 +1,13 @@
-"""bench/fixed_point.py: the solution of u log u = pull, and what is measured of a policy that was made by hand."""
+"""tools/fixed_point.py: the solution of u log u = pull, and what is measured of a policy that was made by hand."""
 
 import numpy as np
 import pytest
 import torch
 
 import run_mae_pretraining
-from bench import fixed_point
 from datasets.moving_shapes import write_dataset
 from tests.helpers.runs import TINY
+from tools import fixed_point
 
 
 def test_the_stable_solution_is_found():

@@ -1,15 +1,15 @@
-"""Where PPO would take a trained TATS, beside where it is: does the reward follow motion, how much of the preference
-that the objective allows has the policy learned, and does anything hold the scale of its logits?
+"""Compares a trained TATS policy with the fixed point of its PPO objective: does the reward follow motion, how much of
+the preference that the objective allows was learned, and is the scale of the logits bounded?
 
-    python bench/fixed_point.py --model_path output/compare/embedded/tats-ratio0.75-seed0/pretrain --data_path VAL.csv
+    python tools/fixed_point.py --model_path output/compare/embedded/tats-ratio0.75-seed0/pretrain --data_path VAL.csv
 
-For every clip many masks are drawn from the checkpoint's policy; a token's expected advantage is the mean of error - V
-over those in which it is masked, times how often it is. Near the uniform policy the objective rests where
-u log u = kappa E[A m] with u = N p of a token and kappa = (c_p / c_e)(N / N_m) (README); where that has no solution,
-the token goes to p = 0. That rest is a local one. Along the scale of the logits z the objective's slope is
-c_p Cov(A, z) over the masked tokens, which grows with z, minus c_e Var(z) under p, which falls to 0 as p collapses:
-where the first is the larger, the policy sharpens on. (--tats_logit_cap ends that; slopes of a capped policy say
-little.)
+For every clip, many masks are drawn from the checkpoint's policy. A token's expected advantage E[A m] is the mean of
+error - V over the masks in which it is masked, times how often it is masked. Near the uniform policy, the objective's
+fixed point is u log u = kappa E[A m] with u = N p of a token and kappa = (c_p / c_e)(N / N_m) (README). Where that has
+no solution, the token's p becomes 0. This fixed point is a local one. Along the scale of the logits z, the objective's
+slope is c_p Cov(A, z) over the masked tokens, which grows with z, minus c_e Var(z) under p, which falls to 0 as p
+collapses. Where the first is larger, the policy sharpens further. --tats_logit_cap prevents that; slopes of a capped
+policy mean little.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from datasets.transforms import normalize
 from engine_for_pretraining import PretrainRecipe, masked_error
 from masking_generator import motion_energy
 from run_mae_vis import Trained, read_clip
+from tools.common import run_tool
+from utils import UsageError
 
 
 def fixed_point(pull: np.ndarray) -> np.ndarray:
@@ -42,8 +44,15 @@ def measure(trained: Trained, clips: torch.Tensor, draws: int) -> dict[str, np.n
     """kappa, the two slopes along the scale of the logits, and arrays [clips, N]: motion, u (N p), error (mean where
     masked), pull (kappa E[A m]). With --normalize_advantage kappa has the deviation of A in it."""
     args, grid = trained.args, trained.mae.grid
-    recipe = PretrainRecipe(mean=trained.mean, std=trained.std, lr=0, min_lr=0, grid=grid, loss=args.loss,
-                            normalize_target=args.normalize_target)  # fmt: skip
+    recipe = PretrainRecipe(
+        mean=trained.mean,
+        std=trained.std,
+        lr=0,
+        min_lr=0,
+        grid=grid,
+        loss=args.loss,
+        normalize_target=args.normalize_target,
+    )
     _, video = normalize(clips, trained.mean, trained.std)
     tokens = trained.mae.encoder.patch_embed(video)
     total = torch.zeros(len(clips), trained.sampler.num_tokens)
@@ -62,16 +71,22 @@ def measure(trained: Trained, clips: torch.Tensor, draws: int) -> dict[str, np.n
     log_prob, p = mask.log_prob, mask.log_prob.exp()
     z = log_prob - (p * log_prob).sum(dim=1, keepdim=True)
     slopes = {
-        "sharpens": args.policy_coef / scale
+        "sharpens": args.policy_coef
+        / scale
         * torch.stack([((e - baseline) * z.gather(1, masked)).mean() for masked, e in draws_of_error]).mean().item(),
         "holds": args.entropy_coef * (p * z.square()).sum(dim=1).mean().item(),
-    }  # fmt: skip
-    measured = {"motion": motion_energy(video, grid), "u": mask.log_prob.exp() * total.shape[1], "error": error,
-                "pull": kappa * (error - baseline) * count / draws}  # fmt: skip
+    }
+    measured = {
+        "motion": motion_energy(video, grid),
+        "u": mask.log_prob.exp() * total.shape[1],
+        "error": error,
+        "pull": kappa * (error - baseline) * count / draws,
+    }
     return {name: value.numpy() for name, value in measured.items()} | {"kappa": kappa} | slopes
 
 
 def report(measured: dict) -> str:
+    """The lines that are printed of what `measure` returned."""
     u, motion, error, pull = (measured[name].astype(float) for name in ("u", "motion", "error", "pull"))
     log_u = np.log(u + 1e-9)
     rest = fixed_point(pull)
@@ -83,6 +98,7 @@ def report(measured: dict) -> str:
         return float(np.mean(found)) if found else float("nan")
 
     def lift(weights: np.ndarray) -> float:
+        """Mean motion of the tokens with these weights, over the mean of all tokens."""
         return float((weights * motion).mean() / motion.mean())
 
     lines = [
@@ -101,19 +117,27 @@ def report(measured: dict) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def describe_policy(args: argparse.Namespace) -> None:
+    """Raises UsageError."""
+    trained = Trained(args.model_path, [])
+    if trained.args.mask_type != "tats" or trained.args.entropy_coef == 0:
+        raise UsageError(f"{args.model_path}: not of --mask_type tats with an --entropy_coef above 0")
+    videos = read_list(args.data_path)[0]
+    chosen = [videos[i * len(videos) // args.num_videos] for i in range(min(args.num_videos, len(videos)))]
+    print(report(measure(trained, torch.stack([read_clip(video, trained.args) for video in chosen]), args.draws)))
+
+
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", required=True, help="TATS checkpoint, or a run's folder")
     parser.add_argument("--data_path", required=True, help="list file")
     parser.add_argument("--num_videos", default=40, type=int)
-    parser.add_argument("--draws", default=64, type=int, help="masks a clip")
-    args = parser.parse_args(arguments)
-    trained = Trained(args.model_path, [])
-    if trained.args.mask_type != "tats" or trained.args.entropy_coef == 0:
-        sys.exit(f"error: {args.model_path}: not of --mask_type tats with an --entropy_coef above 0")
-    videos = read_list(args.data_path)[0]
-    chosen = [videos[i * len(videos) // args.num_videos] for i in range(min(args.num_videos, len(videos)))]
-    print(report(measure(trained, torch.stack([read_clip(video, trained.args) for video in chosen]), args.draws)))
+    parser.add_argument("--draws", default=64, type=int, help="masks per clip")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run_tool(describe_policy, get_parser().parse_args(arguments))
 
 
 if __name__ == "__main__":
