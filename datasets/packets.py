@@ -355,6 +355,8 @@ class MPEG4(HeaderReader):
 
 
 class VP8(HeaderReader):
+    """One frame per packet, hidden if show_frame is 0."""
+
     def read(self, data: bytes) -> Unit:
         is_key = data[0] & 1 == 0
         if is_key:
@@ -365,6 +367,8 @@ class VP8(HeaderReader):
 
 
 class VP9(HeaderReader):
+    """One frame per packet, or a superframe: hidden frames and a shown one."""
+
     def read(self, data: bytes) -> Unit:
         headers = [self.header(Bits(frame[:32])) for frame in self.frames_of(data) if frame]
         shown = len([header for header in headers if header.frames])
@@ -441,6 +445,8 @@ class VP9(HeaderReader):
 
 
 class AV1(HeaderReader):
+    """One temporal unit per packet, which shows one frame."""
+
     @staticmethod
     def units(data: bytes) -> Iterator[tuple[int, bytes]]:
         """Yields (kind, content) of the open bitstream units (OBU)."""
@@ -488,6 +494,8 @@ class AV1(HeaderReader):
 
 
 class JPEG(HeaderReader):
+    """One picture per packet."""
+
     def read(self, data: bytes) -> Unit:
         if data[:3] != b"\xff\xd8\xff" or not data.rstrip(b"\0").endswith(b"\xff\xd9"):
             raise Damage

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-SCALES = (1, 0.875, 0.75, 0.66)
+SCALES = (1, 0.875, 0.75, 0.66)  # VideoMAE's, of the short side
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 Channels = tuple[float, float, float]  # one number per colour
@@ -39,6 +39,7 @@ def multi_scale_crop_box(
     sides = [int(short_side * scale) for scale in scales]
     if size <= short_side:  # a crop of exactly the output's size needs no resize
         sides = [size if abs(side - size) < 3 else side for side in sides]
+    # similar sides only, so that shapes are not stretched much
     pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
     h, w = rng.choice(pairs)
     row, column = (height - h) // 4, (width - w) // 4  # steps between places: a quarter of the free space
@@ -59,12 +60,13 @@ def random_resized_crop_box(
 
     Returns: (top, left, h, w) in pixels.
     """
-    for _ in range(10):
+    for _ in range(10):  # as torchvision
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < h <= height and 0 < w <= width:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    # no box fits, as in a very wide frame
     w = min(width, round(height * ratio[1]))
     h = min(height, round(width / ratio[0]))
     return (height - h) // 2, (width - w) // 2, h, w
@@ -138,7 +140,7 @@ def auto_augmentation(config: str, interpolation: str = "bicubic") -> Callable[[
     interpolation of rotations and shears ("random": timm draws one).
     Returns: a function of PIL images that draws from random and numpy.random. Raises: ValueError.
     """
-    hparams = {}
+    hparams = {}  # without "interpolation" timm draws bilinear or bicubic
     if interpolation != "random":
         hparams["interpolation"] = getattr(Image.Resampling, interpolation.upper())
     makers = {"rand": auto_augment.rand_augment_transform, "augmix": auto_augment.augment_and_mix_transform}
@@ -176,14 +178,14 @@ def augment_frames(
     python_state, numpy_state = random.getstate(), np.random.get_state()
     frames = []
     try:
-        for frame in clip.permute(0, 2, 3, 1).contiguous().numpy():
+        for frame in clip.permute(0, 2, 3, 1).contiguous().numpy():  # [H, W, 3]
             random.seed(seed)
             np.random.seed(seed)
             frames.append(np.asarray(augment(Image.fromarray(frame))))
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)  # [T, H, W, 3] -> [T, 3, H, W]
 
 
 def erase_box(
@@ -235,6 +237,7 @@ def random_erase(
         if mode == "const":
             noise = 0
         else:
+            # [T, 3, h, w], or one colour for all frames and pixels of the box
             shape = {"pixel": (len(clip), 3, h, w), "rand": (3, 1, 1)}[mode]
             noise = torch.randn(shape, generator=generator)
         clip[..., top : top + h, left : left + w] = ((mean + std * noise) * 255).round().clamp(0, 255).byte()
@@ -270,6 +273,7 @@ class FinetuneTransform:
     def __call__(self, clip: torch.Tensor, rng: random.Random) -> torch.Tensor:
         """clip uint8 [T, 3, H, W] -> uint8 [T, 3, size, size], contiguous."""
         top, left, h, w = random_resized_crop_box(*clip.shape[-2:], rng, self.scale)
+        # cropped before it is resized: fewer pixels to filter
         clip = resize(clip[..., top : top + h, left : left + w], self.size, pick_interpolation(self.interpolation, rng))
         if self.flip and rng.random() < 0.5:
             clip = clip.flip(-1)
@@ -290,9 +294,11 @@ def spatial_crops(frames: torch.Tensor, size: int, short_side: int, num_crops: i
     scale = short_side / min(height, width)
     height, width = max(short_side, round(height * scale)), max(short_side, round(width * scale))
     frames = resize(frames, (height, width), "bilinear")
-    crops = []
+    crops = []  # squares [n, 3, size, size]
     for number in range(num_crops):
-        place = number / (num_crops - 1) if num_crops > 1 else 0.5
+        place = 0.5  # of the free space along the long side: the centre
+        if num_crops > 1:
+            place = number / (num_crops - 1)
         if height > width:
             top, left = round((height - size) * place), round((width - size) * 0.5)
         else:
@@ -311,5 +317,5 @@ def normalize(
     Returns: pixels in [0, 1] and video = (pixels - mean) / std, both float32 [B, 3, T, H, W].
     """
     mean, std = (torch.as_tensor(c, dtype=torch.float32, device=clips.device).view(3, 1, 1, 1) for c in (mean, std))
-    pixels = clips.transpose(1, 2).float() / 255
+    pixels = clips.transpose(1, 2).float() / 255  # [B, 3, T, H, W]
     return pixels, (pixels - mean) / std

@@ -54,7 +54,7 @@ def _segment_indices(
     for segment in range(num_segments):
         begin = num_video_frames * segment // num_segments
         end = num_video_frames * (segment + 1) // num_segments
-        start = begin + choose_start(max(end - begin - span, 0))
+        start = begin + choose_start(max(end - begin - span, 0))  # 0: too short for a choice
         indices += [min(start + i * stride, num_video_frames - 1) for i in range(length)]
     return indices
 
@@ -110,7 +110,7 @@ class TrainVideoDataset(Dataset):
                 clips = self.load(index, rng)
             except VideoError as error:
                 failed.append(str(error))
-                index = rng.randrange(len(self))
+                index = rng.randrange(len(self))  # from the item's seed: the same replacement on any worker
                 continue
             seeds = torch.tensor([rng.getrandbits(63) for _ in range(self.num_sample)])
             labels = torch.full((self.num_sample,), self.labels[index])
@@ -128,6 +128,7 @@ class TrainVideoDataset(Dataset):
             return indices
 
         frames = read_frames(self.paths[index], choose, self.decoder, self.max_short_side)
+        # [num_sample * T, H, W, 3] -> [num_sample, T, 3, H, W]
         clips = frames.permute(0, 3, 1, 2).unflatten(0, (self.num_sample, self.num_frames))
         return torch.stack([transform(clip, rng) for transform, clip in zip(self.transforms, clips, strict=True)])
 
@@ -183,8 +184,9 @@ class EvalVideoDataset(Dataset):
             return indices
 
         try:
+            # [num_views * T, 3, H, W]
             frames = read_frames(self.paths[index], choose, self.decoder).permute(0, 3, 1, 2)
-        except VideoError as error:
+        except VideoError as error:  # no replacement: the test reports or counts it
             return dict(index=index, video=None, failed=[str(error)])
         crops = self.crop(frames).unflatten(1, (self.num_views, self.num_frames))  # [crops, views, T, 3, S, S]
         views = crops.transpose(0, 1).flatten(0, 1)
