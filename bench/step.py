@@ -132,7 +132,8 @@ class Row:
         self.device = torch.device(args.device)
         torch.manual_seed(0)
         self.run, self.loader = Run(args, self.device), OneBatch(args)
-        if tube is not None and args.mask_type != "adamae" and not args.compile:  # compiled for one number of tokens
+        joint = self.run.backend.unwrapped is not self.run.mae  # a sampler is part of the module
+        if tube is not None and not joint and not args.compile:  # compiled for one number of tokens
             self.run.mae, self.run.backend = tube.run.mae, tube.run.backend  # the same autoencoder: once in memory
         self.recipe = PretrainRecipe(
             grid=self.run.mae.grid,

@@ -12,27 +12,31 @@ class ListError(ValueError):
     """A video list cannot be used; the message names the file, the line, and what to do."""
 
 
-def split_line(line):
-    """A stripped line of a list: (path, label as text), or None where it does not end with a whole number.
+def split_line(line: str) -> tuple[str, str] | None:
+    """A stripped line of a list: (path, label as text), or None if it does not end with a whole number.
 
-    `path label`, `path num_frames label`, columns split by spaces or a comma. A path in quotes may hold both, as pandas
-    and csv write it. Else the line is taken apart from the right because paths may hold spaces, and not by one regular
-    expression: that needs minutes for a line of 20,000 spaces.
+    `path label` or `path num_frames label`, columns separated by spaces or a comma. A path in quotes may contain both,
+    as pandas and csv write it. Other lines are split from the right, because paths may contain spaces; one regular
+    expression would need minutes for a line of 20,000 spaces.
     """
-    quoted = _split_quoted(line) if line.startswith('"') else None
-    if quoted:
-        return quoted
+    if line.startswith('"'):
+        quoted = _split_quoted(line)
+        if quoted is not None:
+            return quoted
     last = _cut_number(line)
     if last is None:
         return None
-    before, label = last
-    frames = _cut_number(before)
-    path = frames[0] if frames else before
-    return None if path.endswith(",") else (path, label)  # an empty column
+    path, label = last
+    frames = _cut_number(path)
+    if frames is not None:  # VideoMAE's column of frame counts, which is not used
+        path = frames[0]
+    if path.endswith(","):  # an empty column
+        return None
+    return path, label
 
 
-def _split_quoted(line):
-    """Of a line `"path" label` with other separators too; None where it is no such line."""
+def _split_quoted(line: str) -> tuple[str, str] | None:
+    """As split_line, for a line `"path" label`, also with tabs or semicolons; None for other lines."""
     path = re.match('"((?:[^"]|"")*+)"([ ,;\t])', line)
     if not path or not path[1]:
         return None
@@ -43,8 +47,8 @@ def _split_quoted(line):
     return path[1].replace('""', '"'), numbers[-1]
 
 
-def _problem(line, first):
-    """What is wrong with a line that split_line does not take. first: no video stands before it."""
+def _problem(line: str, first: bool) -> str:
+    """What is wrong with a line that split_line does not accept. first: no video comes before it."""
     last = line.replace(",", " ").split()[-1:]
     if re.search(r",\s*(,|$)", line):
         return "an empty column"
@@ -58,8 +62,8 @@ def _problem(line, first):
     return f"label {excerpt(label)} is not an integer"
 
 
-def _cut_number(text):
-    """(what stands before the separator, the whole number behind it), or None."""
+def _cut_number(text: str) -> tuple[str, str] | None:
+    """Splits off a whole number at the end: (text before the separator, number), or None if there is none."""
     head = text.rstrip("-0123456789")
     number = text[len(head) :]
     before = head.rstrip()
@@ -67,25 +71,45 @@ def _cut_number(text):
         before = before[:-1].rstrip()
     elif before == head:
         return None
-    return (before, number) if before and re.fullmatch("-?[0-9]+", number) else None
+    if not before or not re.fullmatch("-?[0-9]+", number):
+        return None
+    return before, number
 
 
-def excerpt(text):
+def excerpt(text: str) -> str:
     """A text of any length and content for a message of one line."""
     return repr(text if len(text) <= 200 else f"{text[:100]} ... {text[-60:]}")
 
 
-def read_list(list_path, num_classes=None):
-    """Reads a list of videos: one a line, `path label` or `path num_frames label`, columns split by spaces or a comma.
+def _parse_line(line: str, place: str, first: bool, num_classes: int | None) -> tuple[str, int]:
+    """(path, label) of a stripped line. place: file and line for messages. Raises: ListError."""
+    if "\0" in line:
+        raise ListError(f"{place}: a zero byte in {excerpt(line)}: not a text file, or damaged; {FORMATS}")
+    columns = split_line(line)
+    if columns is None:
+        raise ListError(f"{place}: {_problem(line, first)} in {excerpt(line)}; {FORMATS}")
+    path, label = columns
+    if len(label) > 10 or not -1 <= int(label) <= MAX_LABEL:  # int() refuses thousands of digits
+        raise ListError(f"{place}: label {excerpt(label)} is not in -1 to {MAX_LABEL}; {FORMATS}")
+    if num_classes is not None and not 0 <= int(label) < num_classes:
+        raise ListError(
+            f"{place}: label {label} in {excerpt(line)} is not one of the {num_classes} classes, 0 to "
+            f"{num_classes - 1}: correct the list or --nb_classes"
+        )
+    return path, int(label)
 
-    Lines that are blank or start with # are skipped; relative paths are taken from the list's folder. With num_classes
-    every label must be one of 0 .. num_classes - 1.
-    Returns: paths (list of str, absolute) and labels (list of int; -1 means no label, as in VideoMAE V2's lists).
+
+def read_list(list_path: str | os.PathLike, num_classes: int | None = None) -> tuple[list[str], list[int]]:
+    """Reads a list of videos: one per line, `path label` or `path num_frames label`, separated by spaces or a comma.
+
+    Lines that are blank or start with # are skipped; relative paths start at the list's folder. With num_classes every
+    label must be one of 0 .. num_classes - 1.
+    Returns: paths (absolute) and labels (-1 means no label, as in VideoMAE V2's lists).
     Raises: ListError.
     """
     if os.path.isdir(list_path):
         raise ListError(f"{list_path} is a folder: give a list file; {FORMATS}")
-    if not os.path.isfile(list_path):  # a pipe or a device would be waited for
+    if not os.path.isfile(list_path):  # reading a pipe or a device would wait without end
         kind = "not a regular file" if os.path.exists(list_path) else "no such list of videos"
         raise ListError(f"{list_path}: {kind}; {FORMATS}")
     folder = os.path.dirname(os.path.abspath(list_path))
@@ -97,21 +121,9 @@ def read_list(list_path, num_classes=None):
                 if not line or line.startswith("#"):
                     continue
                 place = f"{list_path}, line {number}"
-                if "\0" in line:
-                    raise ListError(f"{place}: a zero byte in {excerpt(line)}: not a text file, or damaged; {FORMATS}")
-                columns = split_line(line)
-                if columns is None:
-                    raise ListError(f"{place}: {_problem(line, first=not paths)} in {excerpt(line)}; {FORMATS}")
-                path, label = columns
-                if len(label) > 10 or not -1 <= int(label) <= MAX_LABEL:
-                    raise ListError(f"{place}: label {excerpt(label)} is not in -1 to {MAX_LABEL}; {FORMATS}")
-                if num_classes is not None and not 0 <= int(label) < num_classes:
-                    raise ListError(
-                        f"{place}: label {label} in {excerpt(line)} is not one of the {num_classes} classes, 0 to "
-                        f"{num_classes - 1}: correct the list or --nb_classes"
-                    )
+                path, label = _parse_line(line, place, first=not paths, num_classes=num_classes)
                 paths.append(os.path.join(folder, path))
-                labels.append(int(label))
+                labels.append(label)
     except UnicodeDecodeError as error:
         raise ListError(f"{list_path} is not a text file ({error.reason}): give a list of videos; {FORMATS}") from error
     except OSError as error:  # no permission, a lost mount

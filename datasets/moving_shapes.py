@@ -20,6 +20,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,9 @@ class Look:
 # ---------------------------------------------------------------------------------------------------- appearance
 
 
-def draw_texture(rng, size, mean, wave=SHAPE_WAVE):
+def draw_texture(
+    rng: np.random.Generator, size: int, mean: np.ndarray, wave: tuple[float, float] = SHAPE_WAVE
+) -> dict[str, np.ndarray]:
     """A band-limited texture in shades of one colour: dict(mean [3], wave [K, 2] in radians per pixel, phase [K],
     colour [K, 3]).
 
@@ -80,14 +83,14 @@ def draw_texture(rng, size, mean, wave=SHAPE_WAVE):
     return dict(mean=mean, wave=wave, phase=rng.uniform(0, 2 * math.pi, count), colour=colour)
 
 
-def paint(texture, x, y):
+def paint(texture: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Colours float [..., 3] of a texture at the points x, y (float [...], pixels)."""
     wave = texture["wave"]
     angle = x[..., None] * wave[:, 0] + y[..., None] * wave[:, 1] + texture["phase"]
     return texture["mean"] + np.sin(angle) @ texture["colour"]
 
 
-def signed_distance(outline, x, y, radius):
+def signed_distance(outline: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Pixels from the outline, positive inside, for points x, y (float [...]) in the shape's own frame."""
     r = np.hypot(x, y)
     if outline == "disc":
@@ -113,7 +116,9 @@ def signed_distance(outline, x, y, radius):
 # -------------------------------------------------------------------------------------------------------- motion
 
 
-def draw_shape(rng, size, background_mean, shape_size=Look.shape_size):
+def draw_shape(
+    rng: np.random.Generator, size: int, background_mean: np.ndarray, shape_size: tuple[float, float] = Look.shape_size
+) -> dict[str, Any]:
     """One shape: its look, start, speed and swing, drawn without the kind of motion. shape_size: see Look."""
     while True:  # a mean colour that a person can tell from the background's
         mean = rng.uniform(0.25, 0.75, 3)
@@ -131,7 +136,7 @@ def draw_shape(rng, size, background_mean, shape_size=Look.shape_size):
     )
 
 
-def path_of(shape, kind, frames):
+def path_of(shape: dict[str, Any], kind: str, frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where a shape is: x, y (pixels, y down) and turn (radians, clockwise on the screen), float [frames] each."""
     time = np.arange(frames)
     speed, swing, phase = shape["speed"], shape["swing"], shape["phase"]
@@ -155,7 +160,13 @@ def path_of(shape, kind, frames):
     return x, y, turn
 
 
-def render_clip(kind, rng, size=64, frames=32, look=Look()):  # noqa: B008  a constant
+def render_clip(
+    kind: str,
+    rng: np.random.Generator,
+    size: int = 64,
+    frames: int = 32,
+    look: Look = Look(),  # noqa: B008  a constant
+) -> tuple[np.ndarray, np.ndarray]:
     """Draws one clip.
 
     Args: kind, one of KINDS; rng, a numpy Generator (the draws do not depend on kind); size in pixels; frames; look.
@@ -193,7 +204,7 @@ def render_clip(kind, rng, size=64, frames=32, look=Look()):  # noqa: B008  a co
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def write_video(path, clip):
+def write_video(path: str | Path, clip: np.ndarray) -> None:
     """Encodes uint8 [T, H, W, 3] as H.264 (yuv420p, crf 12, 16 frames a second)."""
     import av
 
@@ -208,7 +219,7 @@ def write_video(path, clip):
         container.mux(stream.encode())
 
 
-def write_clip(output, split, index, size, frames, seed, look):
+def write_clip(output: Path, split: str, index: int, size: int, frames: int, seed: int, look: Look) -> str:
     """Writes clip number `index` of a split and its mask; returns its line of the list."""
     label = index % len(KINDS)
     name = f"{split}_{index:05d}"
@@ -219,7 +230,16 @@ def write_clip(output, split, index, size, frames, seed, look):
     return f"videos/{name}.mp4 {label}\n"
 
 
-def write_dataset(output, train=320, val=80, size=64, frames=32, seed=0, workers=None, **look):
+def write_dataset(
+    output: str | Path,
+    train: int = 320,
+    val: int = 80,
+    size: int = 64,
+    frames: int = 32,
+    seed: int = 0,
+    workers: int | None = None,
+    **look: Any,
+) -> Path:
     """Writes the data set; the same settings give the same clips on any number of workers.
 
     Args: output folder; numbers of training and validation clips; frame side in pixels (even); frames per clip; seed;
@@ -267,7 +287,7 @@ def write_dataset(output, train=320, val=80, size=64, frames=32, seed=0, workers
     return output
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
