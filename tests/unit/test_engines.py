@@ -217,7 +217,7 @@ def test_training_that_stops_moving_is_said(monkeypatch):
     monkeypatch.setattr(epoch_runner, "MAX_SKIPPED_IN_A_ROW", 3)
     with torch.no_grad():
         mae.mask_token.fill_(float("nan"))
-    with pytest.raises(epoch_runner.UsageError, match=naming("finite", 3, "--lr", "--clip_grad", "--amp")):
+    with pytest.raises(epoch_runner.UsageError, match=naming("finite", "--lr", "--clip_grad", "--amp")):
         engine_for_pretraining.train_one_epoch(
             backend(mae, LR), RandomMask(mae.grid, 0.5), Batches(), recipe_for(mae), epoch=0
         )
