@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import socket
 import sys
 from pathlib import Path
@@ -34,6 +35,20 @@ def run_here(data_path, *flags) -> None:
 
 def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def naming(*parts) -> str:
+    """A regular expression for a line that names all parts, in any order and whatever the words around them."""
+
+    def whole(part: str) -> str:  # 3 is not named by 13
+        before, behind = re.match(r"\w", part) and r"(?<!\w)", re.search(r"\w\Z", part) and r"(?!\w)"
+        return (before or "") + re.escape(part) + (behind or "")
+
+    return "(?m)^" + "".join(f"(?=.*{whole(str(part))})" for part in parts)
+
+
+def assert_names(text, *parts) -> None:
+    assert re.search(naming(*parts), str(text)), (parts, text)
 
 
 def free_port() -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from run_mae_pretraining import build_mae, get_parser
+from tests.helpers.runs import assert_names, naming
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_ATTENTION = "bench/attention.py --frames 2 --tokens 9 --dim 32 --heads 2 --rounds 1 --threads 1"
@@ -88,7 +89,7 @@ def test_attention_refuses_a_naive_layer_that_disagrees(run_here, monkeypatch, c
             return 1.001 * super().forward(x, num_frames)
 
     monkeypatch.setattr(attention, "Naive", Doubled)
-    with pytest.raises(SystemExit, match="exact and naive differ by 0.001"):
+    with pytest.raises(SystemExit, match=r"naive.* 0\.001"):
         run_here(SMALL_ATTENTION)
     assert "ms" not in capsys.readouterr().out
 
@@ -105,7 +106,7 @@ def test_peak_growth_is_the_largest_sum_alive_at_once(run_here):
 
 def test_step_times_every_mask_type_beside_transformers():
     ((header, rows),) = run(f"{SMALL_STEP} --skip_memory")
-    assert "mask ratio 0.75, batch 2" in header
+    assert_names(header, 0.75, 2)
     by_name = {row["masks"]: row for row in rows}
     mask_types = next(a for a in get_parser()._actions if a.dest == "mask_type").choices
     for name in [*(name for name in mask_types if name != "tats"), "tats-2-passes", "transformers"]:
@@ -131,21 +132,22 @@ def test_step_sweep_compares_sizes(run_here):
 
 def test_step_memory_stands_beside_the_papers_figures(run_here):
     ((header, rows),) = run_here(f"{SMALL_STEP} --memory --rows decoder-depth-8")
-    assert "the paper's batch is 32" in header and "mask ratio 0.75" in header
+    assert_names(header, "paper", 32)
+    assert_names(header, 0.75)
     assert [row["paper reports (GB)"] for row in rows] == ["37.13"]
     assert float(rows[0]["weights, optimizer GB"]) == pytest.approx(0.01, abs=0.005)
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "flags, parts",
     [
-        ("--rows tube tubes", "--rows tubes: unknown; some of tube, random"),
-        ("--mask_ratio 2", "--mask_ratio 2.0: must lie between 0 and 1"),
-        ("--decoder_mask_ratio 0.5 --rows transformers", "transformers' model has no --loss l1"),
+        ("--rows tube tubes", ["--rows tubes", "tube, random"]),
+        ("--mask_ratio 2", ["--mask_ratio 2.0"]),
+        ("--decoder_mask_ratio 0.5 --rows transformers", ["transformers", "--decoder_mask_ratio", "--rows"]),
     ],
 )
-def test_step_explains_what_it_cannot_do(run_here, flags, message):
-    with pytest.raises(SystemExit, match=re.escape(message)):
+def test_step_explains_what_it_cannot_do(run_here, flags, parts):
+    with pytest.raises(SystemExit, match=naming(*parts)):
         run_here(f"{SMALL_STEP} {flags}")
 
 
@@ -153,7 +155,7 @@ def test_step_refuses_a_reference_that_disagrees(run_here, monkeypatch):
     import step
 
     monkeypatch.setattr(step, "load_weights", lambda *args: None)
-    with pytest.raises(SystemExit, match="on the same weights and masks transformers' loss is .* nothing was timed"):
+    with pytest.raises(SystemExit, match=r"transformers\b.*\bloss\b.* \d+\.\d{6}\b.* \d+\.\d{6}\b"):
         run_here(f"{SMALL_STEP} --rows transformers")
 
 
@@ -204,7 +206,7 @@ def test_gpu_command_says_that_there_is_no_gpu(gpu, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["bench/gpu.py"])
     assert gpu.main() == 1
-    assert "no GPU" in capsys.readouterr().err
+    assert "GPU" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -233,8 +235,10 @@ def test_gpu_command_writes_what_ran_what_failed_and_what_did_not_run(gpu_jobs):
     run_command, folder = gpu_jobs
     status, page = run_command()
     assert status == 1
-    assert "a table" in page and "half" in page and "**ended with status 3**" in page and "stopped after 1 s" in page
-    assert "- absent: needs the package no_such_package" in page
+    assert "a table" in page and "half" in page
+    assert_names(page, "status 3")
+    assert_names(page, "stopped", "1 s")
+    assert_names(page, "- absent: ", "no_such_package")
     record = json.loads((folder / "gpu.json").read_text())
     assert record["environment"]["torch"] and record["jobs"]["good"]["status"] == 0
 
@@ -246,7 +250,7 @@ def test_gpu_command_goes_on_where_it_was(gpu_jobs):
     run_command("--part", "1", "--again")
     assert (folder / "count").read_text() == "xx"
     assert "a table" in run_command("--part", "2")[1]  # what other parts found stays
-    assert "0.5 minutes were over" in run_command("--part", "3", "--minutes", "0.5")[1]
+    assert_names(run_command("--part", "3", "--minutes", "0.5")[1], "0.5 minutes")
 
 
 def test_gpu_jobs_are_commands_that_exist(gpu):

@@ -16,7 +16,7 @@ from datasets.build import _start_worker
 from runtime.checkpoint import CheckpointError, checkpoint_files, latest_checkpoint, save_checkpoint
 from runtime.launch import run_script
 from runtime.outputs import SummaryWriter
-from tests.helpers.runs import command, finetuning_flags, read_log, run_here
+from tests.helpers.runs import assert_names, command, finetuning_flags, read_log, run_here
 from utils import drop_epochs_from, replace_text
 
 FULL = Path("/dev/full")
@@ -91,13 +91,14 @@ def test_what_is_later_than_the_resume_is_set_aside(shapes, tmp_path, capsys):
     (tmp_path / "checkpoint-9-step1.pth.tmp").write_bytes(b"of a killed save")
     run_here(shapes, *flags)
     output = capsys.readouterr().out
-    assert "resumed after epoch 1" in output and "it is now checkpoint-3.pth.old" in output
+    assert_names(output, "resumed", tmp_path / "checkpoint-1.pth")
+    assert_names(output, tmp_path / "checkpoint-3.pth", "checkpoint-3.pth.old")
     assert {p.name for p in checkpoint_files(tmp_path)} >= {"checkpoint-3.pth", "checkpoint-3-step1.pth"}
     assert (tmp_path / "checkpoint-2.pth.old").is_dir() and (tmp_path / "checkpoint-3.pth.old").is_file()
     assert not list(tmp_path.glob("*.tmp"))
 
     run_here(shapes, *flags, "--no-auto_resume", "--epochs", 1)  # over the older run: its files are no newer ones
-    assert "note: starting at epoch 0 over an earlier run" in capsys.readouterr().out
+    assert_names(capsys.readouterr().out, "note: ", "starting", "epoch 0", tmp_path)
     assert [p.name for p in checkpoint_files(tmp_path)] == ["checkpoint-0.pth", "checkpoint-0-step1.pth"]
     assert (tmp_path / "checkpoint-3.pth.old1").is_file()
 
@@ -139,7 +140,8 @@ def test_ctrl_c_is_one_line(shapes, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert error.splitlines() == ["interrupted: the same command goes on from the newest checkpoint"]
+    (line,) = error.splitlines()
+    assert_names(line, "interrupted")
 
 
 def test_a_signal_during_the_test_asks_to_be_started_again(labelled, tmp_path, monkeypatch, capsys):
@@ -153,7 +155,8 @@ def test_a_signal_during_the_test_asks_to_be_started_again(labelled, tmp_path, m
             with pytest.raises(SystemExit) as stop:
                 run_class_finetuning.main(flags)
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # till the end, which one more would change
-    assert stop.value.code == 75 and "stopped by SIGTERM, not in training" in capsys.readouterr().out
+    assert stop.value.code == 75
+    assert_names(capsys.readouterr().out, "stopped", "SIGTERM")
     run_class_finetuning.main(flags)
     assert (tmp_path / "test.json").exists()
 

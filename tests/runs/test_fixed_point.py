@@ -45,7 +45,7 @@ def test_a_uniform_policy_is_reported_as_such(trained, capsys):
 def test_the_command_runs_and_says_what_it_needs(trained, capsys):
     flags = ["--data_path", str(trained / "shapes/val.csv"), "--num_videos", "3", "--draws", "4"]
     fixed_point.main(["--model_path", str(trained / "tats"), *flags])
-    assert "does the reward follow motion?" in capsys.readouterr().out
+    assert "kappa" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("normalize", [False, True])

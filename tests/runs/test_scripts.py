@@ -134,9 +134,9 @@ def test_batch_file_asks_for_what_a_restart_needs(path):
 def test_missing_paths_are_said():
     for path in (PRETRAIN[0], FINETUNE[0]):
         result = run_script(path)
-        assert result.returncode == 2 and "set DATA_PATH" in result.stderr
+        assert result.returncode == 2 and "DATA_PATH" in result.stderr
     result = run_script(FINETUNE[0], DATA_PATH="lists")
-    assert result.returncode == 2 and "set MODEL_PATH" in result.stderr
+    assert result.returncode == 2 and "MODEL_PATH" in result.stderr
 
 
 def test_script_trains_on_the_cpu(tmp_path):

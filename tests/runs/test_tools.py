@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from datasets.decoding import VideoError, open_video
 from datasets.lists import read_list
 from datasets.moving_shapes import write_video
 from tests.helpers.clips import open_av
+from tests.helpers.runs import assert_names, naming
 from tools import check_videos, make_lists, make_subset, resize_videos
 from tools.common import in_processes, run_all, write_list
 from utils import UsageError
@@ -95,7 +97,7 @@ def test_ssv2_excerpt(shared_data, tmp_path, capsys):
     annotations = shared_data / "annotations/ssv2"
     lists, classes = lists_of("SSV2", annotations, tmp_path, tmp_path / "out", "--missing", "keep")
     assert list(lists) == ["val"] and len(lists["val"]) == 500 and len(set(classes)) == 174
-    assert "no train file" in capsys.readouterr().out
+    assert_names(capsys.readouterr().out, annotations, "train.csv")
     rows = json.loads((annotations / "validation_first500.json").read_text())
     for (path, label), row in zip(lists["val"], rows, strict=True):
         assert path == f"{tmp_path}/{row['id']}.webm"
@@ -166,7 +168,7 @@ def test_missing_videos(hmdb, tmp_path, capsys):
     missing = ["train.csv kick/same.avi", "train.csv run/#1 of 2 (a), [b].avi", "val.csv kick/same_2.avi"]
     assert (tmp_path / "out/missing.txt").read_text().splitlines() == missing
     printed = capsys.readouterr().out
-    assert "2 of 3 videos of train.csv" in printed and "kick/same.avi, run/#1" in printed
+    assert_names(printed, "2 of 3", "train.csv", videos, "kick/same.avi, run/#1 of 2 (a), [b].avi")
     lists, _ = lists_of("HMDB51", hmdb, videos, tmp_path / "out", "--split", 2, "--missing", "keep")
     assert [path for path, _ in lists["train"]] == [
         f"{videos}/{name}" for name in ("kick/same.avi", "kick_ball/other.avi", "run/#1 of 2 (a), [b].avi")
@@ -180,7 +182,7 @@ def test_no_video_is_there(hmdb, tmp_path):
     touch(tmp_path / "videos", "run/elsewhere.avi")
     flags = ("--data_set", "HMDB51", "--annotations", hmdb, "--videos", tmp_path / "videos", "--output", tmp_path / "o")
     message = error_of(make_lists.main, *flags)
-    assert "none of the 1 video files" in message and "kick/old.avi" in message
+    assert_names(message, f"--videos {tmp_path / 'videos'}", 1, "kick/old.avi")
     assert not (tmp_path / "o").exists()
 
 
@@ -188,7 +190,7 @@ def test_two_files_for_one_video(hmdb, tmp_path):
     videos = touch(tmp_path / "videos", "a/kick/same.avi", "b/kick/same.avi", "b/kick/same.mp4")
     flags = ("--data_set", "HMDB51", "--annotations", hmdb, "--videos", videos, "--output", tmp_path / "out")
     message = error_of(make_lists.main, *flags, "--split", 2)
-    assert "two files" in message and "a/kick/same.avi" in message and "b/kick/same.avi" in message
+    assert_names(message, videos / "a/kick/same.avi", videos / "b/kick/same.avi")
     (videos / "a/kick/same.avi").unlink()  # the annotations' extension comes first
     lists, _ = lists_of("HMDB51", hmdb, videos, tmp_path / "out", "--split", 2)
     assert lists["train"] == [(f"{videos}/b/kick/same.avi", 0)]
@@ -232,7 +234,8 @@ def test_kinetics400_names(tmp_path, capsys):
     assert lists["val"] == [(f"{videos}/{names[2]}", 2)]
     assert lists["test_unlabelled"] == [(f"{videos}/ee_000001_000011.mp4", -1)]
     printed = capsys.readouterr().out
-    assert "3 classes, Kinetics-400 has 400" in printed and "zumba/cc_000000_000010.mp4" in printed
+    assert_names(printed, 3, "Kinetics-400", 400)
+    assert "zumba/cc_000000_000010.mp4" in printed
     write_files(annotations, {"label_map_k400.txt": f"zumba\n{PEOPLE}\nair drumming\n"})
     lists, classes = lists_of("Kinetics-400", annotations, videos, tmp_path / "out")
     assert classes == ["zumba", PEOPLE, "air drumming"] and [label for _, label in lists["train"]] == [1, 2]
@@ -241,7 +244,8 @@ def test_kinetics400_names(tmp_path, capsys):
 def test_a_list_without_any_video_is_not_written(tmp_path, capsys):
     annotations = write_files(tmp_path / "annotations", KINETICS)
     lists, _ = lists_of("Kinetics-400", annotations, touch(tmp_path / "videos", "dd.mp4"), tmp_path / "out")
-    assert list(lists) == ["val"] and "no train.csv is written" in capsys.readouterr().out
+    assert list(lists) == ["val"]
+    assert re.search(r"(?m)^warning: \D*train\.csv", capsys.readouterr().out)
 
 
 UCF = {
@@ -255,54 +259,53 @@ UCF = {
     "data_set, files, words",
     [
         ("UCF101", UCF | {"trainlist01.txt": "\nA/v.avi 1\nv_B.avi 2\n"}, ["trainlist01.txt, line 3", "'v_B.avi 2'"]),
-        ("UCF101", UCF | {"trainlist01.txt": "A/v.avi 2\n"}, ["trainlist01.txt, line 1", "id 2", "A the id 1"]),
-        ("UCF101", UCF | {"testlist01.txt": "A/v.avi\nC/v.avi\n"}, ["testlist01.txt, line 2", "unknown class 'C'"]),
-        ("UCF101", UCF | {"classInd.txt": "1 A\nB\n"}, ["classInd.txt, line 2", "'B' is not `id class`"]),
-        ("UCF101", UCF | {"classInd.txt": "0 A\n1 B\n"}, ["classInd.txt: the ids are not 1 to 2"]),
-        ("UCF101", UCF | {"testlist01.txt": "B/v_B_g01.avi\n"}, ["B/v_B_g01.avi is both for training and for val"]),
-        ("UCF101", {"trainlist01.txt": "A/v.avi 1\n"}, ["annotations: no file classInd*.txt"]),
-        ("UCF101", {"classInd.txt": "1 A\n"}, ["no train or validation file of UCF101"]),
+        ("UCF101", UCF | {"trainlist01.txt": "A/v.avi 2\n"}, ["trainlist01.txt, line 1", "id 2", "A", "id 1"]),
+        ("UCF101", UCF | {"testlist01.txt": "A/v.avi\nC/v.avi\n"}, ["testlist01.txt, line 2", "'C'"]),
+        ("UCF101", UCF | {"classInd.txt": "1 A\nB\n"}, ["classInd.txt, line 2", "'B'"]),
+        ("UCF101", UCF | {"classInd.txt": "0 A\n1 B\n"}, ["classInd.txt", "1", "2"]),
+        ("UCF101", UCF | {"testlist01.txt": "B/v_B_g01.avi\n"}, ["--annotations", "B/v_B_g01.avi"]),
+        ("UCF101", {"trainlist01.txt": "A/v.avi 1\n"}, ["--annotations", "classInd*.txt"]),
+        ("UCF101", {"classInd.txt": "1 A\n"}, ["--annotations", "train", "UCF101"]),
         ("UCF101", UCF | {"classInd_2.txt": "", "classInd_1.txt": "", "classInd.txt": "x"}, ["classInd.txt, line 1"]),
-        ("HMDB51", {"run_test_split1.txt": "a.avi 1\nb.avi 3\n"}, ["run_test_split1.txt, line 2", "'b.avi 3' is not"]),
-        ("HMDB51", {"run_test_split3.txt": "a.avi 1\n"}, ["no file CLASS_test_split1.txt"]),
-        ("SSV2", SSV2 | {"train.json": []}, ["keep one of", "train.json"]),
-        ("SSV2", {"labels.json": {"A": "0"}, "train.json": '[\n{"id": 1},\n'}, ["train.json, line 3: not JSON"]),
-        ("SSV2", {"labels.json": {"A": "0"}, "train.json": [{"id": "1"}]}, ["train.json, entry 1", "no template"]),
-        ("SSV2", {"labels.json": {"A": "0"}, "train.json": [{"id": "1", "template": "[B]"}]}, ["unknown class 'B'"]),
-        ("SSV2", {"labels.json": {"A": "1"}, "train.json": []}, ["labels.json: the ids are not 0 to 0"]),
-        ("SSV2", {"labels.json": ["A"]}, ["labels.json: not the file", "no dict"]),
-        ("Kinetics-400", {"train.csv": "a b 1\n"}, ["train.csv, line 1: columns label, time_end, time_start, youtube"]),
-        ("Kinetics-400", {"val.csv": f"{HEADER}a,b,1,11,val\na,b,x,11,val\n"}, ["val.csv, line 3", "no whole seconds"]),
-        ("Kinetics-400", {"val.csv": f"{HEADER}a,b,1,11,val\na,b\n"}, ["val.csv, line 3", "no whole seconds"]),
-        ("Kinetics-400", {"val.csv": f"{HEADER},b,1,11,val\n"}, ["val.csv, line 2", "unknown class ''"]),
-        ("Kinetics-400", KINETICS | {"label_map.txt": "zumba\n"}, ["train.csv, line 2", "unknown class", PEOPLE]),
+        ("HMDB51", {"run_test_split1.txt": "a.avi 1\nb.avi 3\n"}, ["run_test_split1.txt, line 2", "'b.avi 3'"]),
+        ("HMDB51", {"run_test_split3.txt": "a.avi 1\n"}, ["CLASS_test_split1.txt"]),
+        ("SSV2", SSV2 | {"train.json": []}, ["--annotations", "train.json", "something-something-v2-train.json"]),
+        ("SSV2", {"labels.json": {"A": "0"}, "train.json": '[\n{"id": 1},\n'}, ["train.json, line 3", "JSON"]),
+        ("SSV2", {"labels.json": {"A": "0"}, "train.json": [{"id": "1"}]}, ["train.json, entry 1", "template"]),
+        ("SSV2", {"labels.json": {"A": "0"}, "train.json": [{"id": "1", "template": "[B]"}]},
+         ["train.json, entry 1", "'B'"]),
+        ("SSV2", {"labels.json": {"A": "1"}, "train.json": []}, ["labels.json", "0"]),
+        ("SSV2", {"labels.json": ["A"]}, ["labels.json", "dict"]),
+        ("Kinetics-400", {"train.csv": "a b 1\n"}, ["train.csv, line 1", "label, time_end, time_start, youtube_id"]),
+        ("Kinetics-400", {"val.csv": f"{HEADER}a,b,1,11,val\na,b,x,11,val\n"}, ["val.csv, line 3", "'x'"]),
+        ("Kinetics-400", {"val.csv": f"{HEADER}a,b,1,11,val\na,b\n"}, ["val.csv, line 3", "seconds"]),
+        ("Kinetics-400", {"val.csv": f"{HEADER},b,1,11,val\n"}, ["val.csv, line 2", "''"]),
+        ("Kinetics-400", KINETICS | {"label_map.txt": "zumba\n"}, ["train.csv, line 2", PEOPLE]),
     ],
 )  # fmt: skip
 def test_annotation_errors_name_file_and_line(tmp_path, data_set, files, words):
     annotations = write_files(tmp_path / "annotations", files)
     flags = ("--data_set", data_set, "--annotations", annotations, "--videos", tmp_path, "--output", tmp_path / "out")
-    message = error_of(make_lists.main, *flags, "--missing", "keep")
-    assert not [word for word in words if word not in message], message
+    assert_names(error_of(make_lists.main, *flags, "--missing", "keep"), *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_make_lists_needs_folders_of_text(tmp_path):
     flags = ["--data_set", "UCF101", "--output", tmp_path / "out"]
     nowhere = tmp_path / "nowhere"
-    assert f"--annotations {nowhere}: no such folder" in error_of(
-        make_lists.main, *flags, "--annotations", nowhere, "--videos", tmp_path
-    )
-    assert "--videos" in error_of(make_lists.main, *flags, "--annotations", tmp_path, "--videos", nowhere)
+    message = error_of(make_lists.main, *flags, "--annotations", nowhere, "--videos", tmp_path)
+    assert_names(message, f"--annotations {nowhere}")
+    message = error_of(make_lists.main, *flags, "--annotations", tmp_path, "--videos", nowhere)
+    assert_names(message, f"--videos {nowhere}")
     (tmp_path / "classInd.txt").write_bytes(b"\xff\xfe\x80")
-    assert "classInd.txt: not a text file" in error_of(
-        make_lists.main, *flags, "--annotations", tmp_path, "--videos", tmp_path
-    )
+    message = error_of(make_lists.main, *flags, "--annotations", tmp_path, "--videos", tmp_path)
+    assert_names(message, tmp_path / "classInd.txt", "text")
 
 
 @pytest.mark.parametrize("name", ["line\nbreak.mp4", "carriage\rreturn.mp4", "\udcff.mp4"])
 def test_a_name_that_no_list_can_hold_is_refused(tmp_path, name):
     (tmp_path / "list.csv").write_text("old.mp4 1\n")
-    with pytest.raises(UsageError, match="rename the file"):
+    with pytest.raises(UsageError, match=naming(tmp_path / "list.csv", repr(f"/videos/{name}"))):
         write_list(tmp_path / "list.csv", ["/videos/a.mp4", f"/videos/{name}"], [0, 1])
     assert [path.name for path in tmp_path.iterdir()] == ["list.csv"]
     assert (tmp_path / "list.csv").read_text() == "old.mp4 1\n"
@@ -377,7 +380,7 @@ def test_subset_of_the_real_train_list_as_large_as_val(shared_data, tmp_path, ca
     subset = subset_of(data / "train.csv", tmp_path / "small.csv", "--count_like", data / "val.csv")
     assert len(subset) == 104 and all(os.path.exists(path) for path, _ in subset)
     assert Counter(label for _, label in subset) == {0: 35, 1: 43, 2: 26}  # of 97, 121, 72
-    assert "small.csv: 104 videos, 3 classes of 26 to 43" in capsys.readouterr().out
+    assert_names(capsys.readouterr().out, "small.csv", 104, 3, 26, 43)
 
 
 @pytest.mark.parametrize(
@@ -386,21 +389,22 @@ def test_subset_of_the_real_train_list_as_large_as_val(shared_data, tmp_path, ca
         (("--fraction", 0), ["--fraction 0"]),
         (("--fraction", 1.2), ["--fraction 1.2"]),
         (("--fraction", "nan"), ["--fraction nan"]),
-        (("--fraction", 1e-4), ["--fraction 0.0001", "0 videos"]),
+        (("--fraction", 1e-4), ["--fraction 0.0001", "0"]),
         (("--count", 0), ["--count 0"]),
         (("--count", 1001), ["--count 1001", "1000"]),
-        (("--count_like", "nowhere.csv"), ["nowhere.csv: no such list"]),
+        (("--count_like", "nowhere.csv"), ["nowhere.csv"]),
     ],
 )
 def test_subset_refuses_what_makes_no_sense(long_tail, tmp_path, flags, words):
     message = error_of(make_subset.main, "--list", long_tail[0], "--output", tmp_path / "out.csv", *flags)
-    assert not [word for word in words if word not in message], message
+    assert_names(message, *words)
     assert not (tmp_path / "out.csv").exists()
 
 
 def test_subset_does_not_replace_its_list(long_tail):
     before = long_tail[0].read_text()
-    assert "is the list itself" in error_of(make_subset.main, "--list", long_tail[0], "--output", long_tail[0])
+    message = error_of(make_subset.main, "--list", long_tail[0], "--output", long_tail[0])
+    assert_names(message, f"--output {long_tail[0]}")
     assert long_tail[0].read_text() == before
 
 
@@ -429,8 +433,8 @@ def test_crash_and_hang_cost_one_item_each(capsys):
     assert {name for name, (result, reason) in outcomes.items() if reason is None} == {
         "good1", "good2", "good3", "good4",
     }  # fmt: skip
-    assert outcomes["crash"][1] == "the process that read it died (SIGSEGV)"
-    assert outcomes["hang"][1] == "not done within 2 s"
+    assert_names(outcomes["crash"][1], "SIGSEGV")
+    assert_names(outcomes["hang"][1], "2 s")
     assert outcomes["odd"][1] == "ValueError: odd" and outcomes["bad"][1] == "no frames"
     processes = {int(result["decoder"]) for result, reason in outcomes.values() if reason is None}
     for process in processes | {os.getpid()}:
@@ -438,7 +442,8 @@ def test_crash_and_hang_cost_one_item_each(capsys):
             with pytest.raises(ProcessLookupError):  # none is left
                 os.kill(process, 0)
     printed = capsys.readouterr().out
-    assert "bad: /crash.mp4: the process that read it died" in printed and "[8/8]" in printed and "bad 4" in printed
+    assert_names(printed, "bad: /crash.mp4", "SIGSEGV")
+    assert "[8/8]" in printed and "bad 4" in printed
 
 
 def test_workers_end_when_their_consumer_stops():
@@ -452,7 +457,7 @@ def test_workers_end_when_their_consumer_stops():
 
 
 def test_workers_that_do_not_start_are_an_error():
-    with pytest.raises(UsageError, match="do not start"):
+    with pytest.raises(UsageError, match="start"):
         list(in_processes(Unloadable(), [("a",)] * 5, 1, 1))
     with pytest.raises(UsageError, match="--num_workers"):
         run_all(misbehave, [("a",)], 0, 1)
@@ -536,11 +541,11 @@ def test_check_names_the_bad_and_lists_the_good(clips, tmp_path, capsys):
     assert good == [
         (n, n, w, h) for n, w, h in [("20", "64", "32"), ("21", "64", "32"), ("6", "48", "48"), ("22", "64", "32")]
     ]
-    assert report[1]["reason"] == "no such file"
-    assert all("cannot open it" in report[i]["reason"] and report[i]["frames"] == "" for i in (3, 4, 5))
+    assert all(report[i]["reason"] and report[i]["frames"] == "" for i in (1, 3, 4, 5))
     printed = capsys.readouterr().out
     assert "[8/8]" in printed and "bad 4" in printed  # a video of two lists is decoded once
-    assert f"bad: {clips}/text.mp4: " in printed and "5 of 8" not in printed and "4 of 8 videos are good" in printed
+    assert f"bad: {clips}/text.mp4: " in printed and "5 of 8" not in printed
+    assert_names(printed, "4 of 8", "good")
     assert read_list(tmp_path / "good.clean.csv")[1] == [5, 6, 7]
 
 
@@ -554,7 +559,7 @@ def test_check_survives_crash_and_hang(tmp_path):
     (tmp_path / "l.csv").write_text("crash.mp4 0\ngood.mp4 1\nhang.mp4 2\n")
     status, report, clean = check(tmp_path, tmp_path / "l.csv", workers=1, check=misbehave, timeout=1)
     assert status == 1 and clean == [(f"{tmp_path}/good.mp4", 1)]
-    assert "SIGSEGV" in report[0]["reason"] and report[2]["reason"] == "not done within 1 s"
+    assert "SIGSEGV" in report[0]["reason"] and "1 s" in report[2]["reason"]
     (tmp_path / "l.csv").write_text("crash.mp4 0\n")
     assert check(tmp_path, tmp_path / "l.csv", check=misbehave)[2] == []  # and no clean list of the earlier check
 
@@ -580,7 +585,7 @@ def test_second_decoder_is_said_why(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "a.mp4", noise, g="10", bf="0")
     monkeypatch.setattr(av, "open", lambda *_, **__: 1 / 0)
     found = check_videos.check_video(str(path), "auto")
-    assert found["reason"].startswith(f"av {av.__version__} failed")
+    assert_names(found["reason"], f"av {av.__version__}", "ZeroDivisionError")
     assert found["decoder"] == "decord" and found["decoded"] == 60
 
 
@@ -590,7 +595,7 @@ def test_what_the_header_claims_beyond_the_end_is_said(tmp_path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
     found = check_videos.check_video(str(path), "auto")
     assert 40 < found["frames"] == found["decoded"] < 50
-    assert f"{60 - found['decoded']} frames" in found["reason"] or f"{59 - found['decoded']} frames" in found["reason"]
+    assert re.search(rf"\b({60 - found['decoded']}|{59 - found['decoded']})\b", found["reason"])
 
 
 def test_header_that_claims_a_frame_too_many_is_reported(shared_data):
@@ -607,8 +612,9 @@ def test_header_that_claims_a_frame_too_many_is_reported(shared_data):
 def test_check_errors(clips, tmp_path):
     (tmp_path / "all.csv").write_text("a.mp4 0\n")
     lists = ("--list", clips / "all.csv", tmp_path / "all.csv")
-    assert "two lists have the same name" in error_of(check_videos.main, *lists, "--output", tmp_path / "out")
-    assert "no such list" in error_of(check_videos.main, "--list", tmp_path / "none.csv", "--output", tmp_path / "out")
+    assert_names(error_of(check_videos.main, *lists, "--output", tmp_path / "out"), "name", "all, all")
+    message = error_of(check_videos.main, "--list", tmp_path / "none.csv", "--output", tmp_path / "out")
+    assert_names(message, tmp_path / "none.csv")
     flags = ("--list", clips / "good.csv", "--output", clips / "text.mp4")
     assert "text.mp4" in error_of(check_videos.main, *flags)
 
@@ -733,9 +739,9 @@ def test_stream_without_times_and_change_of_size(tmp_path):
     times = [at for at, _ in packets_of(resize(source, tmp_path / "a.mp4"))]
     np.testing.assert_allclose(times, np.arange(12) / 25, atol=1e-4)
     source.write_bytes(source.read_bytes() + write_clip(tmp_path / "b.h264", moving(12, 80, 96), bf="0").read_bytes())
-    with pytest.raises(VideoError, match="a.h264: .*the frame size changes"):
+    with pytest.raises(VideoError, match=naming("a.h264", "size")):
         resize(source, tmp_path / "b.mp4")
-    with pytest.raises(VideoError, match="a.h264: the frame size changes"):
+    with pytest.raises(VideoError, match=naming("a.h264", "size")):
         check_videos.check_video(str(source), "pyav")
 
 
@@ -796,7 +802,7 @@ def test_list_is_resized_once(clips, tmp_path, capsys):
     assert list(zip(*read_list(small / "val.csv"), strict=True)) == expected
     assert frames_of(expected[0][0]).shape == (21, 16, 32, 3)
     (line,) = (small / "failed.txt").read_text().splitlines()
-    assert line.startswith(f"{videos}/class b/text.mp4: PyAV cannot open it")
+    assert line.startswith(f"{videos}/class b/text.mp4: ")
     assert f"bad: {videos}/class b/text.mp4" in capsys.readouterr().out
     files = {path: path.stat().st_mtime_ns for path in small.rglob("*.mp4")}
     assert len(files) == 3 and not list(small.rglob("*.tmp"))
@@ -804,9 +810,10 @@ def test_list_is_resized_once(clips, tmp_path, capsys):
     (videos / "class b/text.mp4").write_bytes((clips / "good 2.mp4").read_bytes())
     assert run_resize(*flags, "--num_workers", 1) == 0
     assert {path: path.stat().st_mtime_ns for path in files} == files
-    assert "4 videos, 3 are done already" in capsys.readouterr().out and not (small / "failed.txt").exists()
+    assert not (small / "failed.txt").exists()
+    assert_names(capsys.readouterr().out, 4, 3, "already")
     assert read_list(small / "train.csv")[1] == [3, 4] and (small / "class b/text.mp4").exists()
-    assert "other settings" in error_of(resize_videos.main, *flags, "--crf", 30)
+    assert_names(error_of(resize_videos.main, *flags, "--crf", 30), f"--output {small}", small / "settings.json")
 
 
 def test_folder_is_resized(clips, tmp_path):
@@ -826,17 +833,16 @@ def test_resize_errors(clips, tmp_path):
     (tmp_path / "l.csv").write_text("x.avi 0\n")
     out = ("--output", tmp_path / "out")
     for flags, words in [
-        (("--videos", tmp_path, *out), ["x.avi and ", "x.mp4 would both become ", "out/x.mp4"]),
-        (("--videos", tmp_path / "none", *out), ["none: no such folder"]),
-        ((*out,), ["give --list or --videos"]),
-        (("--list", tmp_path / "l.csv", *out, "--videos", tmp_path / "out2"), ["no such folder"]),
-        (("--list", clips / "good.csv", "--videos", tmp_path, *out), ["is not below --videos"]),
-        (("--list", tmp_path / "l.csv", clips / "l.csv", *out), ["no such list"]),
-        (("--list", tmp_path / "l.csv", *out, "--short_side", 15), ["--short_side must be even"]),
-        (("--list", clips / "good.csv", "--output", clips), ["which is a video to re-encode"]),
+        (("--videos", tmp_path, *out), [tmp_path / "x.avi", tmp_path / "x.mp4", tmp_path / "out/x.mp4"]),
+        (("--videos", tmp_path / "none", *out), [f"--videos {tmp_path / 'none'}"]),
+        ((*out,), ["--list", "--videos"]),
+        (("--list", tmp_path / "l.csv", *out, "--videos", tmp_path / "out2"), [f"--videos {tmp_path / 'out2'}"]),
+        (("--list", clips / "good.csv", "--videos", tmp_path, *out), [clips, f"--videos {tmp_path}"]),
+        (("--list", tmp_path / "l.csv", clips / "l.csv", *out), [clips / "l.csv"]),
+        (("--list", tmp_path / "l.csv", *out, "--short_side", 15), ["--short_side", "even"]),
+        (("--list", clips / "good.csv", "--output", clips), [clips, "--output"]),
     ]:
-        message = error_of(resize_videos.main, *flags)
-        assert not [word for word in words if word not in message], message
+        assert_names(error_of(resize_videos.main, *flags), *words)
         assert not (tmp_path / "out").exists()
 
 
@@ -900,7 +906,7 @@ def test_worker_that_dies_leaves_no_half_video(clips, tmp_path):
     flags = ("--list", tmp_path / "l.csv", "--output", tmp_path / "out", "--num_workers", 1, "--timeout", 2)
     flags += ("--crf", 1, "--short_side", 480)
     assert run_resize(*flags) == 1
-    assert "not done within 2 s" in (tmp_path / "out/failed.txt").read_text()
+    assert_names((tmp_path / "out/failed.txt").read_text(), "long.mkv", "2 s")
     assert [path.name for path in (tmp_path / "out").rglob("*.mp4*")] == ["good 0.mp4"]
 
 

@@ -1,6 +1,7 @@
 """DeepSpeed's configuration from flags, and what is refused. Training with it: test_distributed.py."""
 
 import json
+import re
 import sys
 import types
 
@@ -11,6 +12,7 @@ import run_class_finetuning
 import run_mae_pretraining
 from runtime import zero
 from runtime.zero import deepspeed_config
+from tests.helpers.runs import assert_names, naming
 
 FLAGS = dict(
     zero_stage=2, offload="none", fused_adam="torch", opt="adamw", lr=1e-3, betas=(0.9, 0.95), eps=1e-7, batch_size=4,
@@ -71,23 +73,24 @@ def test_conflicts_are_all_named_with_their_flags(tmp_path):
     with pytest.raises(ValueError) as error:
         deepspeed_config(**FLAGS, file=written(tmp_path, own))
     message = str(error.value)
-    for part in (
-        "ds.json", "zero_optimization.stage is 3 there, 2 by --zero_stage", "by --offload", "gradient_clipping is 1.0",
-        "by --clip_grad", "bf16.enabled is true there, false by --amp", "optimizer.params.betas", "by --opt_betas",
-        "train_batch_size is 7 there, 24 by --batch_size",
-    ):  # fmt: skip
-        assert part in message
-    assert message.count(" is ") == 6
+    for name, there, here, flag in (
+        ("zero_optimization.stage", 3, 2, "--zero_stage"),
+        ("zero_optimization.offload_optimizer.device", '"cpu"', '"none"', "--offload"),
+        ("gradient_clipping", 1.0, 0.0, "--clip_grad"),
+        ("bf16.enabled", "true", "false", "--amp"),
+        ("optimizer.params.betas", "[0.9, 0.999]", "[0.9, 0.95]", "--opt_betas"),
+        ("train_batch_size", 7, 24, "--batch_size"),
+    ):
+        parts = (re.escape(str(part)) for part in (name, there, here, flag))
+        assert re.search(r"\b" + "[^;]* ".join(parts) + r"\b", message), (name, message)
+    assert "ds.json" in message and message.count("; ") == 5
 
 
-@pytest.mark.parametrize(
-    "content,part", [("{", "not a JSON file"), ("[1]", "no JSON object"), (None, "cannot be read")]
-)
-def test_a_file_that_is_none_is_said(content, part, tmp_path):
+@pytest.mark.parametrize("content,parts", [("{", ["JSON"]), ("[1]", ["JSON"]), (None, [])])
+def test_a_file_that_is_none_is_said(content, parts, tmp_path):
     path = str(tmp_path / "absent.json") if content is None else written(tmp_path, content)
-    with pytest.raises(ValueError, match=part) as error:
+    with pytest.raises(ValueError, match=naming(f"--deepspeed_config {path}", *parts)):
         deepspeed_config(**FLAGS, file=path)
-    assert path in str(error.value)
 
 
 def refused(main, tmp_path, *flags) -> str:
@@ -100,30 +103,30 @@ def refused(main, tmp_path, *flags) -> str:
 
 
 PRETRAIN = [
-    (["--offload", "cpu"], "--offload cpu needs --enable_deepspeed"),
-    (["--fused_adam", "deepspeed"], "--fused_adam deepspeed needs --enable_deepspeed"),
-    (["--deepspeed_config", "x.json"], "--deepspeed_config x.json needs --enable_deepspeed"),
-    (["--enable_deepspeed", "--opt", "sgd"], "--opt sgd: --enable_deepspeed"),
-    (["--enable_deepspeed", "--zero_stage", "0", "--offload", "cpu"], "--offload cpu needs --zero_stage 1"),
-    (["--enable_deepspeed", "--zero_stage", "3", "--compile"], "--compile does not go with --zero_stage 3"),
-    (["--enable_deepspeed", "--deepspeed_config", "no.json", "--batch_size", "4"], "no.json: cannot be read"),
+    (["--offload", "cpu"], ["--offload cpu", "--enable_deepspeed"]),
+    (["--fused_adam", "deepspeed"], ["--fused_adam deepspeed", "--enable_deepspeed"]),
+    (["--deepspeed_config", "x.json"], ["--deepspeed_config x.json", "--enable_deepspeed"]),
+    (["--enable_deepspeed", "--opt", "sgd"], ["--opt sgd", "--enable_deepspeed"]),
+    (["--enable_deepspeed", "--zero_stage", "0", "--offload", "cpu"], ["--offload cpu", "--zero_stage 1"]),
+    (["--enable_deepspeed", "--zero_stage", "3", "--compile"], ["--compile", "--zero_stage 3"]),
+    (["--enable_deepspeed", "--deepspeed_config", "no.json", "--batch_size", "4"], ["--deepspeed_config no.json"]),
 ]
 FINETUNE = [
-    (["--zero_stage", "3", "--linear_probe"], "--zero_stage 3: a probe"),
-    (["--zero_stage", "3", "--model_ema"], "--zero_stage 3: --model_ema"),
+    (["--zero_stage", "3", "--linear_probe"], ["--zero_stage 3", "probe"]),
+    (["--zero_stage", "3", "--model_ema"], ["--zero_stage 3", "--model_ema"]),
 ]
 
 
-@pytest.mark.parametrize("flags,part", PRETRAIN)
-def test_flags_that_make_no_sense_for_pretraining(flags, part, tmp_path):
+@pytest.mark.parametrize("flags,parts", PRETRAIN)
+def test_flags_that_make_no_sense_for_pretraining(flags, parts, tmp_path):
     tiny = ["--model", "pretrain_videomae_tiny_patch8_64", "--input_size", "32", "--num_frames", "4"]
-    assert part in refused(run_mae_pretraining.main, tmp_path, *tiny, *flags)
+    assert_names(refused(run_mae_pretraining.main, tmp_path, *tiny, *flags), *parts)
 
 
-@pytest.mark.parametrize("flags,part", FINETUNE)
-def test_flags_that_make_no_sense_for_fine_tuning(flags, part, tmp_path):
+@pytest.mark.parametrize("flags,parts", FINETUNE)
+def test_flags_that_make_no_sense_for_fine_tuning(flags, parts, tmp_path):
     shared = ["--enable_deepspeed", "--data_set", "custom", "--nb_classes", "3", "--eval_data_path", "x"]
-    assert part in refused(run_class_finetuning.main, tmp_path, *shared, *flags)
+    assert_names(refused(run_class_finetuning.main, tmp_path, *shared, *flags), *parts)
 
 
 def test_a_missing_package_is_said(tmp_path, monkeypatch):
@@ -152,5 +155,5 @@ def test_an_architecture_that_deepspeed_cannot_read_is_named(monkeypatch):
     monkeypatch.setattr(zero.dist, "is_initialized", lambda: True)
     config = deepspeed_config(**FLAGS | {"fused_adam": "deepspeed"})
     module = torch.nn.Linear(2, 2)
-    with pytest.raises(ImportError, match="TORCH_CUDA_ARCH_LIST is 9.0a.*9.0.*--fused_adam torch"):
+    with pytest.raises(ImportError, match=naming("TORCH_CUDA_ARCH_LIST", "9.0a", "9.0", "--fused_adam torch")):
         zero.DeepSpeedBackend(module, [{"params": list(module.parameters())}], torch.device("cpu"), config)

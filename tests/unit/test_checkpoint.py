@@ -3,6 +3,7 @@ import errno
 import io
 import os
 import pickle
+import re
 import zipfile
 
 import pytest
@@ -19,6 +20,7 @@ from runtime.checkpoint import (
     model_weights,
     save_checkpoint,
 )
+from tests.helpers.runs import assert_names, naming
 
 torch.set_num_threads(1)
 
@@ -69,7 +71,7 @@ def test_a_failed_save_leaves_the_old_file_whole(path, monkeypatch, fail):
     with pytest.raises((CheckpointError, AttributeError, pickle.PicklingError)) as failure:
         save_checkpoint(path, make_state(2))
     if fail is fill_the_disk:
-        assert str(failure.value) == f"{path}: cannot be written (No space left on device); older checkpoints are whole"
+        assert_names(failure.value, path, "No space left on device")
     assert load_checkpoint(path)["epoch"] == 1
     assert checkpoint_files(path.parent) == [path]  # what is left of the failed one is not taken for a checkpoint
     monkeypatch.undo()
@@ -102,7 +104,7 @@ class Malicious:
 def test_a_malicious_pickle_is_refused_and_not_executed(path, save):
     target = path.parent / "executed"
     save({**make_state(), "hook": Malicious(target)}, path)
-    with pytest.raises(CheckpointError, match="checkpoint-3.pth: not a readable checkpoint"):
+    with pytest.raises(CheckpointError, match=naming(path)):
         load_checkpoint(path)
     assert not target.exists()
     torch.load(path, weights_only=False) if save is torch.save else pickle.loads(path.read_bytes())
@@ -157,7 +159,7 @@ def test_an_unreadable_file_is_named(path, damage):
         load_checkpoint(path)
     message = str(error.value)
     assert message.startswith(str(path)) and len(message) > len(str(path)) + 10 and "\n" not in message
-    assert {"folder": "is a folder", "missing": "no such"}.get(damage, "") in message
+    assert {"folder": "folder"}.get(damage, "") in message and ("damaged" not in message or damage != "missing")
 
 
 @pytest.mark.parametrize("save_format", [True, False], ids=["zip", "legacy"])
@@ -202,7 +204,7 @@ def test_a_folder_without_a_checkpoint_has_no_latest_and_one_with_damaged_ones_i
     assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / "absent") is None
     truncated(tmp_path / "checkpoint-2.pth")
-    with pytest.raises(CheckpointError, match=r"none of its checkpoints.*checkpoint-2\.pth"):
+    with pytest.raises(CheckpointError, match=naming(tmp_path, "checkpoint-2.pth")):
         latest_checkpoint(tmp_path)
 
 
@@ -217,7 +219,7 @@ def test_weights_are_found_under_the_usual_keys(key, prefix):
 
 @pytest.mark.parametrize("state", [{}, {"model": {}}, {"epoch": 3}, {"model": {"fc.weight": [1.0]}}])
 def test_a_checkpoint_without_weights_is_refused(state):
-    with pytest.raises(CheckpointError, match="x.pth: holds no weights"):
+    with pytest.raises(CheckpointError, match=naming("x.pth", "weights")):
         model_weights(state, "x.pth")
 
 
@@ -242,26 +244,26 @@ def test_weights_that_do_not_fit_are_listed_and_not_loaded():
     with pytest.raises(CheckpointError) as error:
         load_weights(network, weights, "x.pth")
     message = str(error.value)
-    assert message.startswith("x.pth does not fit")
-    assert "4 missing: b.weight, b.bias, c.weight, ..." in message  # three named, the rest counted
-    assert "1 unknown: extra.gamma" in message
-    assert "a.weight is (5, 2), the model has (3, 2)" in message
+    assert message.startswith("x.pth ")
+    named = r"\b4 missing\b.*b\.weight, b\.bias, c\.weight, \.\.\..*\b1 unknown\b.*extra\.gamma"
+    assert re.search(named, message) and "c.bias" not in message  # three named, the rest counted
+    assert_names(message, "a.weight", "(5, 2)", "(3, 2)")
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name])
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, parts",
     [
-        (lambda weights: weights.pop("c.bias"), "1 missing: c.bias"),
-        (lambda weights: weights.update(extra=torch.ones(1)), "1 unknown: extra"),
-        (lambda weights: weights.update({"c.bias": torch.ones(2)}), r"1 of another shape: c.bias is \(2,\)"),
+        (lambda weights: weights.pop("c.bias"), ["c.bias"]),
+        (lambda weights: weights.update(extra=torch.ones(1)), ["extra"]),
+        (lambda weights: weights.update({"c.bias": torch.ones(2)}), ["c.bias", "(2,)", "(1,)"]),
     ],
 )
-def test_each_kind_of_misfit_alone_is_refused(change, message):
+def test_each_kind_of_misfit_alone_is_refused(change, parts):
     weights = make_network().state_dict()
     change(weights)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=naming("x.pth", 1, *parts)):
         load_weights(make_network(), weights, "x.pth")
 
 

@@ -28,6 +28,7 @@ from datasets.transforms import (
 )
 from datasets.video import TrainVideoDataset, clip_indices, collate
 from tests.helpers.clips import BACK_ENDS, hide_frames, loader_args, whole_video
+from tests.helpers.runs import assert_names, naming
 
 av = pytest.importorskip("av")
 
@@ -56,12 +57,12 @@ def test_list_formats(tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("a.mp4 1\n\nb.mp4\n", ["line 3", "no label", "path label"]),
-        ("# note\na.mp4 1\nb.mp4 one\n", ["line 3", "'one'", "not an integer"]),
-        ("a.mp4 1.0\n", ["line 1", "'1.0'", "not an integer"]),
+        ("a.mp4 1\n\nb.mp4\n", ["line 3", "'b.mp4'"]),
+        ("# note\na.mp4 1\nb.mp4 one\n", ["line 3", "'one'"]),
+        ("a.mp4 1.0\n", ["line 1", "'1.0'"]),
         ("path,label\na.mp4,1\n", ["line 1", "header"]),
-        ("\n# nothing\n", ["names no video", "path label"]),
-        (b"\xff\xfe\x00\x81", ["not a text file"]),
+        ("\n# nothing\n", []),
+        (b"\xff\xfe\x00\x81", ["text"]),
     ],
 )
 def test_list_errors_name_file_and_line(tmp_path, text, words):
@@ -69,14 +70,13 @@ def test_list_errors_name_file_and_line(tmp_path, text, words):
     listing.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ListError) as error:
         read_list(listing)
-    for word in [str(listing), *words]:
-        assert word in str(error.value)
+    assert_names(error.value, listing, *words)
 
 
 def test_list_missing_or_a_folder(tmp_path):
-    with pytest.raises(ListError, match="is a folder: give a list file"):
+    with pytest.raises(ListError, match=naming(tmp_path, "folder")):
         read_list(tmp_path)
-    with pytest.raises(ListError, match="nowhere.csv: no such list"):
+    with pytest.raises(ListError, match=naming(tmp_path / "nowhere.csv")):
         read_list(tmp_path / "nowhere.csv")
 
 
@@ -110,8 +110,9 @@ def test_header_that_claims_a_frame_too_many(real_clips, decoder):
                 got = reader.read([claimed - 1, claimed])
                 assert claimed == len(frames)
                 assert np.array_equal(got[0], frames[-1]) and np.array_equal(got[1], frames[-1])
-                with pytest.raises(VideoError, match="truncated or damaged"):
-                    reader.read([len(reader) + decoding.MAX_SHORTFALL])
+                wanted = len(reader) + decoding.MAX_SHORTFALL
+                with pytest.raises(VideoError, match=naming(path, wanted, len(reader) - 1)):
+                    reader.read([wanted])
 
 
 @pytest.mark.parametrize("decoder", BACK_ENDS)
@@ -120,16 +121,15 @@ def test_truncated_files(real_clips, decoder, tmp_path):
         cut = tmp_path / f"cut{path.suffix}"
         cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         if path.suffix == ".mp4":  # its index is at the end
-            with pytest.raises(VideoError, match="cannot open"):
+            with pytest.raises(VideoError, match=naming(cut)):
                 open_video(str(cut), decoder)
             continue
         with open_video(str(cut), decoder) as reader:
             assert len(reader) < 0.8 * len(frames)
             got = reader.read(range(0, len(reader), 4)).numpy()
             assert np.abs(got[:-1].astype(int) - frames[: len(reader) : 4][: len(got) - 1]).max() <= 2
-            with pytest.raises(VideoError, match="truncated or damaged") as error:
+            with pytest.raises(VideoError, match=naming(cut, len(frames) - 1)):
                 reader.read([0, len(frames) - 1])
-            assert str(cut) in str(error.value)
 
 
 def remux(source, target, **options):
@@ -164,7 +164,7 @@ def test_a_damaged_half_is_left_out(shared_data, decoder, tmp_path):
     with open_video(str(path), decoder) as reader:
         assert 100 < len(reader) < 200  # the index at its head says 327
         assert reader.read([0, 60]).shape == (2, 256, 340, 3)
-        with pytest.raises(VideoError, match=r"fast_start.mp4: .*damaged"):
+        with pytest.raises(VideoError, match=naming("fast_start.mp4", 200)):
             reader.read([200])
 
 
@@ -184,15 +184,15 @@ def test_rotated_video_is_upright(shapes, decoder, tmp_path):
 
 @pytest.mark.parametrize("decoder", BACK_ENDS)
 def test_errors_name_path_and_reason(tmp_path, decoder):
-    with pytest.raises(VideoError, match="nowhere.mp4: no such file"):
+    with pytest.raises(VideoError, match=naming("nowhere.mp4")):
         open_video(str(tmp_path / "nowhere.mp4"), decoder)
     (tmp_path / "text.mp4").write_text("not a video")
-    with pytest.raises(VideoError, match="text.mp4: .* cannot open it"):
+    with pytest.raises(VideoError, match=naming("text.mp4")):
         open_video(str(tmp_path / "text.mp4"), decoder)
     with wave.open(str(tmp_path / "sound.mp4"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(16000))
-    with pytest.raises(VideoError, match="sound.mp4: "):
+    with pytest.raises(VideoError, match=naming("sound.mp4")):
         open_video(str(tmp_path / "sound.mp4"), decoder)
 
 
@@ -204,7 +204,7 @@ def test_video_error_survives_pickling():
 def test_reader_rejects_bad_indices(shapes):
     with open_video(str(shapes / "videos/val_00000.mp4")) as reader:
         for indices in ([], [0, -1]):
-            with pytest.raises(ValueError, match="frame indices"):
+            with pytest.raises(ValueError, match=naming(indices)):
                 reader.read(indices)
 
 
@@ -212,17 +212,17 @@ def test_decoder_choice(monkeypatch):
     monkeypatch.setattr(decoding, "_imports", lambda package: True)
     assert decoding.decoders_for("a.MP4") == decoding.decoders_for("a.avi") == ["pyav", "decord"]
     assert decoding.decoders_for("a.mp4", "pyav") == ["pyav"] and decoding.decoders_for("a.avi", "decord") == ["decord"]
-    with pytest.raises(ValueError, match="'cv3'.*auto, decord, pyav"):
+    with pytest.raises(ValueError, match=naming("'cv3'", "auto", "decord", "pyav")):
         decoding.decoders_for("a.mp4", "cv3")
     monkeypatch.undo()
     decoding._imports.cache_clear()
     monkeypatch.setitem(sys.modules, "decord", None)  # import raises ImportError
     assert decoding.decoders_for("a.mp4") == ["pyav"]
-    with pytest.raises(ImportError, match="pip install decord"):
+    with pytest.raises(ImportError, match=naming("--decoder decord", "pip install decord")):
         decoding.decoders_for("a.mp4", "decord")
     monkeypatch.setitem(sys.modules, "av", None)
     decoding._imports.cache_clear()
-    with pytest.raises(ImportError, match="pip install decord or av|pip install av or decord"):
+    with pytest.raises(ImportError, match=naming("--decoder auto", "pip install", "av", "decord")):
         decoding.decoders_for("a.mp4")
     decoding._imports.cache_clear()
 
@@ -235,7 +235,7 @@ def test_auto_reads_with_the_other_decoder_what_the_first_refuses(shapes, tmp_pa
     assert torch.equal(frames, read_frames(path, lambda length: [19, 0], "decord"))
     narrow = str(tmp_path / "narrow.mp4")
     write_video(narrow, np.full((4, 48, 48, 3), 100, np.uint8))
-    with pytest.raises(VideoError, match="decord"):
+    with pytest.raises(VideoError, match=naming("narrow.mp4", "decord")):
         read_frames(narrow, lambda length: [0], "decord")
 
     def refuse(self, *args):
@@ -245,7 +245,7 @@ def test_auto_reads_with_the_other_decoder_what_the_first_refuses(shapes, tmp_pa
     assert torch.equal(frames, read_frames(path, lambda length: [length - 1, 0]))
     with pytest.raises(VideoError, match="narrow.mp4: PyAV will not"):
         read_frames(narrow, lambda length: [0])
-    with pytest.raises(VideoError, match="no such file"):
+    with pytest.raises(VideoError, match=naming("none.mp4")):
         read_frames(str(tmp_path / "none.mp4"), lambda length: [0])
 
 
@@ -329,8 +329,7 @@ def test_all_videos_unreadable(tmp_path):
     listing.write_text("a.mp4 0\nb.mp4 0\n")
     with pytest.raises(VideoError) as error:
         dataset_of(listing, max_retries=4)[1, 0]
-    for words in (str(listing), "4 videos in a row", f"{tmp_path}/b.mp4: no such file", "check the list's paths"):
-        assert words in str(error.value)
+    assert_names(error.value, listing, 4, f"{tmp_path}/b.mp4")
 
 
 # -------------------------------------------------------------------------------------------------- augmentation
@@ -433,9 +432,9 @@ def test_color_jitter_changes_brightness_within_its_range(clip):
 
 
 def test_transform_rejects_unknown_choices():
-    with pytest.raises(ValueError, match="unknown crop 'centre'"):
+    with pytest.raises(ValueError, match=naming("crop", "'centre'", "multiscale", "random_resized")):
         PretrainTransform(32, crop="centre")
-    with pytest.raises(ValueError, match="unknown interpolation 'nearest'"):
+    with pytest.raises(ValueError, match=naming("interpolation", "'nearest'", "bicubic")):
         PretrainTransform(32, interpolation="nearest")
 
 
@@ -508,7 +507,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(shapes):
 
 
 def test_loader_errors(shapes):
-    with pytest.raises(ValueError, match=r"train.csv lists 20 videos, a batch takes 6 on each of 4 .*--batch_size"):
+    with pytest.raises(ValueError, match=naming("train.csv", 20, 6, 4, "--batch_size")):
         build_pretraining_loader(loader_args(shapes / "train.csv", batch_size=6), rank=1, world_size=4)
 
 
@@ -517,5 +516,5 @@ def test_failed_videos_reach_the_batch(shapes, tmp_path):
     (tmp_path / "list.csv").write_text("missing.mp4 0\n" + good)
     loader = build_pretraining_loader(loader_args(tmp_path / "list.csv", batch_size=8, num_workers=1))
     (batch,) = list(loader)
-    assert [f for f in batch["failed"] if f != f"{tmp_path}/missing.mp4: no such file"] == [] and batch["failed"]
+    assert batch["failed"] and all(failure.startswith(f"{tmp_path}/missing.mp4: ") for failure in batch["failed"])
     assert len(batch["index"]) == 8 and 0 not in batch["index"].tolist()

@@ -17,6 +17,7 @@ from datasets.packets import Doubt, header_reader, vop_kinds
 from datasets.transforms import PretrainTransform
 from datasets.video import TrainVideoDataset, clip_indices
 from tests.helpers.clips import BACK_ENDS, encode, hide_frames, loader_args, moving, whole_video
+from tests.helpers.runs import naming
 
 av = pytest.importorskip("av")
 FRAMES = 90
@@ -100,9 +101,7 @@ def test_frames_equal_those_of_a_plain_decode(encoded, name, monkeypatch):
         for indices in requests(FRAMES):
             got = reader.read(indices).numpy()
             assert np.array_equal(got, frames[np.minimum(indices, FRAMES - 1)]), indices
-        with pytest.raises(
-            VideoError, match=f"truncated or damaged: frame {FRAMES + 2} wanted, .* one is {FRAMES - 1}$"
-        ):
+        with pytest.raises(VideoError, match=naming(FRAMES + 2, FRAMES - 1)):
             reader.read([3, FRAMES + 2])
     for indices in requests(FRAMES, 5):  # nothing decoded before: a codec's state does not help
         got = read_frames(path, lambda length, indices=indices: indices, "pyav").numpy()

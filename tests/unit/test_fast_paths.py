@@ -22,6 +22,7 @@ from runtime.backend import COMPILE, Backend
 from tests.helpers import reference
 from tests.helpers.engines import HEADS, NUM_MASKED, NUM_TOKENS, make_batch, make_run, train_step
 from tests.helpers.models import make_input, make_mae, randomize
+from tests.helpers.runs import naming
 from trajectory_attention import TimeAttention, TrajectoryAttention, orthogonal_landmarks
 
 torch.set_num_threads(1)
@@ -466,9 +467,13 @@ def test_each_part_can_be_checkpointed_alone_and_changes_nothing(mask_type, chos
 
 
 @pytest.mark.parametrize(
-    "flag", [*(f"--decoder_mask_ratio {x}" for x in ("1.0", "-0.1", "nan", "1.5")), "--checkpoint_modules sampler"]
+    "flag, others",
+    [
+        *((f"--decoder_mask_ratio {x}", []) for x in ("1.0", "-0.1", "nan", "1.5")),
+        ("--checkpoint_modules sampler", ["--mask_type tube"]),
+    ],
 )
-def test_flags_that_make_no_sense_get_one_clear_error(flag):
-    message = "(must be at least 0 and less than 1|must be a finite number|--mask_type tube has nothing to recompute)"
-    with pytest.raises(SystemExit, match=f"^error: {flag}: {message}$"):
+def test_flags_that_make_no_sense_get_one_clear_error(flag, others):
+    with pytest.raises(SystemExit, match=naming("error: ", flag, *others)) as stop:
         main(flag.split())
+    assert "\n" not in str(stop.value)

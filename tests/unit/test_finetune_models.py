@@ -3,6 +3,7 @@
 import argparse
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from runtime.checkpoint import (
 )
 from tests.helpers import reference
 from tests.helpers.models import random_classifier, random_encoder, random_mae, randomize
+from tests.helpers.runs import naming
 
 torch.set_num_threads(1)
 
@@ -277,18 +279,18 @@ PROJECTION = r"patch_embed.proj.weight is \({}, the model has \(24, 3, 2, 8, 8\)
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(encoder_embed_dim=32), "of another shape: " + PROJECTION.format(r"32, 3, 2, 8, 8\)")),
-        (dict(encoder_depth=2), r"missing: blocks\.2\."),
-        (dict(patch_size=4), "1 of another shape: " + PROJECTION.format(r"24, 3, 2, 4, 4\)")),
-        (dict(tubelet_size=1), "1 of another shape: " + PROJECTION.format(r"24, 3, 1, 8, 8\)")),
-        (dict(qkv_bias=False), r"6 missing: blocks\.0\.attn\.q_bias, "),
+        (dict(encoder_embed_dim=32), PROJECTION.format(r"32, 3, 2, 8, 8\)")),
+        (dict(encoder_depth=2), r"blocks\.2\."),
+        (dict(patch_size=4), r"\b1\b.*" + PROJECTION.format(r"24, 3, 2, 4, 4\)")),
+        (dict(tubelet_size=1), r"\b1\b.*" + PROJECTION.format(r"24, 3, 1, 8, 8\)")),
+        (dict(qkv_bias=False), r"\b6\b.*blocks\.0\.attn\.q_bias, "),
     ],
 )
 def test_an_encoder_of_another_size_is_refused_with_the_tensors_named(settings, message):
     classifier = random_classifier()
     before = copy.deepcopy(classifier.state_dict())
     weights = encoder_weights({"model": random_mae(**settings).state_dict()}, "mae.pth", KEYS)
-    with pytest.raises(CheckpointError, match=f"mae.pth does not fit.*{message}"):
+    with pytest.raises(CheckpointError, match=f"mae.pth .*{message}"):
         load_encoder(classifier, weights, "mae.pth")
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
 
@@ -296,15 +298,15 @@ def test_an_encoder_of_another_size_is_refused_with_the_tensors_named(settings, 
 def test_a_deeper_encoder_is_refused():
     """Its first blocks alone are no encoder."""
     weights = encoder_weights({"model": random_mae(encoder_depth=4).state_dict()}, "mae.pth", KEYS)
-    with pytest.raises(CheckpointError, match=r"mae.pth does not fit.*blocks\.3\."):
+    with pytest.raises(CheckpointError, match=r"mae.pth .*blocks\.3\."):
         load_encoder(random_classifier(), weights, "mae.pth")
 
 
 def test_a_file_without_an_encoder_is_refused():
     decoder = {name: value for name, value in random_mae().state_dict().items() if not name.startswith("encoder.")}
-    with pytest.raises(CheckpointError, match="missing: patch_embed.proj.weight, patch_embed.proj.bias, blocks.0"):
+    with pytest.raises(CheckpointError, match="x.pth .*patch_embed.proj.weight, patch_embed.proj.bias, blocks.0"):
         load_encoder(random_classifier(), encoder_weights({"model": decoder}, "x.pth", KEYS), "x.pth")
-    with pytest.raises(CheckpointError, match="x.pth: holds no weights under 'model', 'module' or at its top level"):
+    with pytest.raises(CheckpointError, match=naming("x.pth", "'model'", "'module'", "epoch")):
         encoder_weights({"epoch": 3}, "x.pth", KEYS)
 
 
@@ -316,7 +318,7 @@ def test_keys_and_prefix_say_where_the_encoder_is():
     assert torch.equal(encoder_weights(state, "x", ("module", "model"))[name], second["encoder." + name])
     chosen = encoder_weights(state, "x", ("ema",), "student.encoder.")
     assert torch.equal(chosen[name], second["encoder." + name]) and "student.mask_token" in chosen
-    with pytest.raises(CheckpointError, match="x: no weight's name begins with --model_prefix teacher."):
+    with pytest.raises(CheckpointError, match=naming("x", "--model_prefix teacher.")):
         encoder_weights(state, "x", KEYS, "teacher.")
     both = {"encoder.norm.weight": torch.ones(2), "norm.weight": torch.zeros(2), "decoder.norm.weight": torch.zeros(2)}
     assert {n: w.tolist() for n, w in encoder_weights(both, "x", KEYS).items()} == {
@@ -334,9 +336,8 @@ def test_a_probes_encoder_is_found_in_its_checkpoint():
 def test_report_is_said_in_one_line():
     left = [f"decoder.blocks.{i}" for i in range(46)] + ["mask_token"]
     report = LoadReport(["a", "b", "c"], ["head.weight", "head.bias"], left)
-    line = "3 tensors taken over; 2 start fresh: head.* (2); 47 left over: decoder.* (46), mask_token"
-    assert str(report) == line
-    assert str(LoadReport(["a"], [], [])) == "1 tensors taken over; 0 start fresh: none; 0 left over: none"
+    assert re.fullmatch(r"3\b.* 2\b.* head\.\* \(2\).* 47\b.* decoder\.\* \(46\), mask_token", str(report))
+    assert re.fullmatch(r"1\b.* 0\b.* 0\b.*", str(LoadReport(["a"], [], [])))
 
 
 # ------------------------------------------------------------------------------------------------ position tables
@@ -397,10 +398,10 @@ def test_a_classifier_with_a_learned_table_takes_it_over():
     same = random_encoder(use_learnable_pos_emb=True)
     load_encoder(same, weights, "x", (2, 2, 2))
     torch.testing.assert_close(tokens_of(same, a_clip()), encoder_tokens(mae, a_clip()))
-    with pytest.raises(CheckpointError, match=r"pos_embed is \(1, 8, 24\), the model has \(1, 36, 24\)"):
+    with pytest.raises(CheckpointError, match=naming("x", "pos_embed", "(1, 8, 24)", "(1, 36, 24)")):
         load_encoder(random_encoder(use_learnable_pos_emb=True, all_frames=8, img_size=24), weights, "x")
     del weights["pos_embed"]
-    with pytest.raises(CheckpointError, match="1 missing: pos_embed"):
+    with pytest.raises(CheckpointError, match=naming("x", 1, "pos_embed")):
         load_encoder(same, weights, "x")
 
 
@@ -420,7 +421,7 @@ def test_grid_of_a_table(args, tokens, grid, tubelet, expected):
 
 @pytest.mark.parametrize("tokens", [4 * 24, 4 * 25 + 1, 3])
 def test_a_table_that_is_no_grid_is_refused(tokens):
-    with pytest.raises(CheckpointError, match=f"x.pth: its {tokens} positions are not 4 frames of a square"):
+    with pytest.raises(CheckpointError, match=naming("x.pth", tokens, 4)):
         position_grid({}, torch.zeros(1, tokens, 6), (4, 7, 7), 2, "x.pth")
 
 
@@ -534,5 +535,5 @@ def test_an_attentive_probe_pools_by_a_learned_query():
 
 
 def test_an_unknown_probe_is_refused():
-    with pytest.raises(ValueError, match="unknown probe 'mlp': choose linear or attentive"):
+    with pytest.raises(ValueError, match=naming("'mlp'", "linear", "attentive")):
         Probe(random_encoder(), "mlp", 4)

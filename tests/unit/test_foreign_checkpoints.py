@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import types
@@ -48,6 +49,7 @@ from runtime.checkpoint import (
 from runtime.resume import find_resume
 from tests.helpers import reference
 from tests.helpers.models import random_classifier, random_encoder, random_mae, randomize
+from tests.helpers.runs import assert_names, naming
 from tools import run_folders
 
 torch.set_num_threads(1)
@@ -73,7 +75,8 @@ def refused(path, *words) -> str:
     with pytest.raises(CheckpointError) as error:
         model_weights(open_checkpoint(path)[1], path)
     message = str(error.value)
-    assert "\n" not in message and not [word for word in words if word not in message], message
+    assert "\n" not in message
+    assert_names(message, *words)
     return message
 
 
@@ -157,15 +160,15 @@ def test_shards_of_torch_and_a_missing_one(tmp_path):
     theirs = make_huggingface(VideoMAEForPreTraining, use_mean_pooling=False)
     shards_of_torch(theirs.state_dict(), tmp_path)
     check_pixels(theirs, tmp_path)
-    refused(tmp_path / "pytorch_model-00002-of-00002.bin", "part 2 of 2", "folder")
+    refused(tmp_path / "pytorch_model-00002-of-00002.bin", "2", "folder")
     (tmp_path / "pytorch_model-00002-of-00002.bin").rename(tmp_path / "elsewhere")
-    refused(tmp_path, "pytorch_model-00002-of-00002.bin is missing")
+    refused(tmp_path, "pytorch_model-00002-of-00002.bin", "missing")
     index = tmp_path / "pytorch_model.bin.index.json"
     for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../elsewhere"}}', '{"weight_map": {"a": 1}}'):
         index.write_text(text)
-        refused(tmp_path, "index.json: not an index")
+        refused(tmp_path, index)
     index.write_text(json.dumps({"weight_map": {"never.there": "pytorch_model-00001-of-00002.bin"}}))
-    refused(tmp_path, "never.there")
+    refused(tmp_path, index, "never.there")
 
 
 PREFIXES = ["model.", "module.", "_orig_mod.", "net.", "backbone.", "encoder.", "model.module._orig_mod.",
@@ -282,20 +285,19 @@ def two(first, second):
 def test_what_is_ambiguous_is_chosen_by_a_flag():
     first, second = random_mae().state_dict(), randomize(random_mae(), seed=4).state_dict()
     state = {"model": two(first, second)}
-    with pytest.raises(
-        CheckpointError, match=r"x: holds 2 encoders, student.encoder.\*, teacher.encoder.\*.*--model_pre"
-    ):
+    named = naming("x", "2", "student.encoder.*", "teacher.encoder.*", "--model_prefix")
+    with pytest.raises(CheckpointError, match=named):
         model_weights(state, "x")
     for prefix in ("teacher.", "teacher.encoder."):
         found = encoder_weights(state, "x", KEYS, prefix)
         assert torch.equal(found["norm.bias"], second["encoder.norm.bias"])
     assert torch.equal(model_weights(state, "x", prefix="teacher.")["mask_token"], second["mask_token"])
-    with pytest.raises(CheckpointError, match="x: holds weights under net, ema: choose one with --model_key"):
+    with pytest.raises(CheckpointError, match=naming("x", "net", "ema", "--model_key")):
         model_weights({"net": first, "ema": second, "epoch": 1}, "x")
     assert torch.equal(model_weights({"net": first, "ema": second}, "x", ("ema",))["mask_token"], second["mask_token"])
-    with pytest.raises(CheckpointError, match="'teacher'"):  # a key that is given is not guessed at
+    with pytest.raises(CheckpointError, match=naming("x", "'teacher'")):  # a key that is given is not guessed at
         model_weights({"net": first}, "x", ("teacher",))
-    with pytest.raises(CheckpointError, match="x: holds encoder.norm.bias twice"):
+    with pytest.raises(CheckpointError, match=naming("x", "module.encoder.norm.bias")):
         model_weights({"model": first | {"module.encoder.norm.bias": torch.ones(24)}}, "x")
 
 
@@ -326,10 +328,10 @@ def image_models():
 @pytest.mark.parametrize("name", list(image_models()))
 def test_image_weights_are_called_that(name, tmp_path):
     path = saved(tmp_path / "vit.pth", image_models()[name])
-    refused(path, str(path), "image weights", "not supported yet")
-    with pytest.raises(CheckpointError, match="vit.pth: holds image weights"):
+    refused(path, path, "image")
+    with pytest.raises(CheckpointError, match=naming("vit.pth", "image")):
         finetuned(path)
-    with pytest.raises(CheckpointError, match="vit.pth: holds image weights"):
+    with pytest.raises(CheckpointError, match=naming("vit.pth", "image")):
         started(path)
 
 
@@ -375,10 +377,12 @@ def test_numpys_numbers_and_arrays_are_read(old_numpy, tmp_path):
                 assert found[name] == value and not isinstance(found[name], np.generic)
 
 
-@pytest.mark.parametrize("value", [np.datetime64("2020-01-01"), np.array([Settings()]), np.void(b"xy")])
-def test_numpys_other_types_are_refused(value, tmp_path):
+@pytest.mark.parametrize(
+    "value, code", [(np.datetime64("2020-01-01"), "M8"), (np.array([Settings()]), "O8"), (np.void(b"xy"), "V2")]
+)
+def test_numpys_other_types_are_refused(value, code, tmp_path):
     path = saved(tmp_path / "x.pth", {"model": {"w": torch.ones(2)}, "odd": value})
-    assert "damaged" not in refused(path, "not a readable checkpoint: it holds numpy values of type")
+    assert "damaged" not in refused(path, path, "numpy", code)
 
 
 def test_paths_and_other_plain_values_are_read(tmp_path):
@@ -422,29 +426,29 @@ def a_class(path):
     torch.save({"model": random_mae().state_dict(), "cfg": Settings()}, path)
 
 
-WHOLE_FILES = {  # written whole; the words that say what each is
+WHOLE_FILES = {  # written whole; what names each
     "class": (a_class, ["tests.unit.test_foreign_checkpoints.Settings", "weights_only=False"]),
     "class, legacy": (legacy({"cfg": Settings()}), ["tests.unit.test_foreign_checkpoints.Settings"]),
     "module": (lambda path: torch.save(random_mae(), path),
-               ["whole pickled model", "PretrainVisionTransformer", "state_dict"]),
+               ["modeling_pretrain.PretrainVisionTransformer", "state_dict"]),
     "module in a dict": (lambda path: torch.save({"model": nn.Linear(2, 2)}, path),
-                         ["whole pickled model", "torch.nn.modules.linear.Linear"]),
-    "module, legacy": (legacy(nn.Linear(2, 2)), ["whole pickled model", "state_dict"]),
+                         ["torch.nn.modules.linear.Linear", "state_dict"]),
+    "module, legacy": (legacy(nn.Linear(2, 2)), ["torch.nn.modules.linear.Linear", "state_dict"]),
     "TorchScript": (script, ["TorchScript", "torch.jit.load", "state_dict"]),
     "npz": (lambda path: np.savez(path.open("wb"), a=np.ones(3)), [".npz"]),
     "npy": (lambda path: np.save(path.open("wb"), np.ones(3)), [".npy"]),
-    "zip": (a_zip, ["zip archive", "readme.txt"]),
+    "zip": (a_zip, ["zip", "readme.txt"]),
     "protocol 4": (lambda path: torch.save({"model": {"w": torch.ones(2)}}, path, pickle_protocol=4), ["protocol 4"]),
-    "web page": (lambda path: path.write_text("\n<!DOCTYPE html><html>404</html>"), ["web page"]),
+    "web page": (lambda path: path.write_text("\n<!DOCTYPE html><html>404</html>"), ["web"]),
     "LFS": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid 1\n"), ["git lfs pull"]),
     "gzip": (lambda path: path.write_bytes(b"\x1f\x8b\x08" + bytes(50)), ["gzip"]),
     "HDF5": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(50)), ["HDF5"]),
     "json": (lambda path: path.write_text('{"a": 1}'), ["JSON"]),
-    "list": (lambda path: torch.save([{"w": torch.ones(2)}], path), ["holds a list"]),
-    "tensor": (lambda path: torch.save(torch.ones(2), path), ["holds a Tensor"]),
-    "empty dictionary": (lambda path: torch.save({}, path), ["holds no weights", "nothing"]),
-    "no weights": (lambda path: torch.save({"epoch": 3, "arch": "x"}, path), ["holds no weights", "epoch (int)"]),
-    "metadata alone": (lambda path: safetensors.torch.save_file({}, path, {"format": "pt"}), ["holds no weights"]),
+    "list": (lambda path: torch.save([{"w": torch.ones(2)}], path), ["list"]),
+    "tensor": (lambda path: torch.save(torch.ones(2), path), ["Tensor"]),
+    "empty dictionary": (lambda path: torch.save({}, path), ["weights"]),
+    "no weights": (lambda path: torch.save({"epoch": 3, "arch": "x"}, path), ["weights", "epoch (int)", "arch (str)"]),
+    "metadata alone": (lambda path: safetensors.torch.save_file({}, path, {"format": "pt"}), ["weights"]),
 }  # fmt: skip
 DAMAGED = {
     "cut": cut,
@@ -467,7 +471,7 @@ def test_a_whole_file_is_said_for_what_it_is(name, tmp_path):
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_file_is_called_damaged(name, tmp_path):
     DAMAGED[name](tmp_path / "x.pth")
-    refused(tmp_path / "x.pth", "x.pth: not a readable checkpoint: damaged")
+    refused(tmp_path / "x.pth", "x.pth", "damaged")
 
 
 def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch):
@@ -477,12 +481,12 @@ def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatc
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(foreign_files.torch, "load", denied)
-    assert refused(path) == f"{path}: cannot be read (Permission denied)"
+    assert "damaged" not in refused(path, path, "Permission denied")
 
 
 def test_weights_without_memory_are_refused(tmp_path):
     weights = random_mae().to("meta").state_dict()
-    with pytest.raises(CheckpointError, match="x.pth: holds what are no weights.*mask_token is .*meta"):
+    with pytest.raises(CheckpointError, match=naming("x.pth", "mask_token", "meta")):
         load_autoencoder(random_mae(), model_weights({"model": weights}, "x.pth"), "x.pth")
 
 
@@ -527,14 +531,14 @@ def test_deepspeeds_folders(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     path = tmp_path / "checkpoint-9/zero_pp_rank_0_mp_rank_00_optim_states.pt"
     content = {"optimizer_state_dict": {"loss_scaler": LossScaler()}, "ds_version": "0.19.8"}
-    refused(saved(path, content), "optimizer state", "mp_rank_00_model_states.pt", "LossScaler")
-    refused(saved(path, content | {"optimizer_state_dict": {}}), "optimizer state", "zero_to_fp32.py")
+    refused(saved(path, content), path, "mp_rank_00_model_states.pt", "deepspeed.runtime.fp16.loss_scaler.LossScaler")
+    refused(saved(path, content | {"optimizer_state_dict": {}}), path, "mp_rank_00_model_states.pt", "zero_to_fp32.py")
 
 
 def test_zero_3_is_told_to_join_its_parts(tmp_path):
     weights = random_mae().state_dict()
     path = saved(tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt", deepspeed_state(weights, 3))
-    assert "damaged" not in refused(path, "ZeRO-3", "zero_to_fp32.py")
+    assert "damaged" not in refused(path, path, "zero_to_fp32.py")
     refused(tmp_path, "zero_to_fp32.py")  # the folder
     torch.save(weights, tmp_path / "pytorch_model.bin")  # what zero_to_fp32.py makes
     assert model_weights(open_checkpoint(tmp_path)[1], "x").keys() == weights.keys()
@@ -544,19 +548,19 @@ def test_zero_3_is_told_to_join_its_parts(tmp_path):
 
 
 def test_folders_with_nothing_to_choose_are_refused(tmp_path):
-    refused(tmp_path, str(tmp_path), "no checkpoint in this folder", "nothing")
+    refused(tmp_path, f"{tmp_path}:")
     os.mkfifo(tmp_path / "latest")  # would be waited for
     os.mkfifo(tmp_path / "model.safetensors.index.json")
-    refused(tmp_path, "index.json: not a regular file")
+    refused(tmp_path, tmp_path / "model.safetensors.index.json")
     for name in ("latest", "model.safetensors.index.json"):
         os.unlink(tmp_path / name)
     (tmp_path / "checkpoint-1").symlink_to(tmp_path)
-    refused(tmp_path, "no checkpoint in this folder")
+    refused(tmp_path, tmp_path, "checkpoint-1")
     (tmp_path / "notes.txt").touch()
     for name in ("a.pth", "b.safetensors"):
         (tmp_path / name).touch()
     os.unlink(tmp_path / "checkpoint-1")
-    refused(tmp_path, "2 files of weights", "a.pth, b.safetensors")
+    refused(tmp_path, tmp_path, "2", "a.pth", "b.safetensors")
     os.unlink(tmp_path / "a.pth")
     safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "b.safetensors")
     assert open_checkpoint(tmp_path)[0].name == "b.safetensors"
@@ -635,10 +639,8 @@ def test_the_sampler_is_taken_over_with_a_report(kind, runs, capsys):
     assert same(run.mae, runs[kind], "model") and same(run.sampler, runs[kind], kind)
     said = capsys.readouterr().out
     number = len(run.sampler.state_dict())
-    assert (
-        f"autoencoder: {len(run.mae.state_dict())} tensors taken over; 0 start fresh: none; 0 left over: none" in said
-    )
-    assert f"{kind} sampler: {number} tensors taken over; 0 start fresh: none; 0 left over: none" in said
+    assert re.search(rf"autoencoder: \b{len(run.mae.state_dict())}\b.*\b0\b.*\b0\b", said)
+    assert re.search(rf"{kind} .*\b{number}\b.*\b0\b.*\b0\b", said)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -650,7 +652,7 @@ def test_adamaes_own_file_brings_its_sampler(nested, runs, tmp_path, capsys):
     assert same(run.mae, runs["adamae"], "model") and same(run.sampler, runs["adamae"], "adamae")
     said = capsys.readouterr().out
     number = len(run.sampler.state_dict())
-    assert f"adamae sampler: {number} tensors taken over; 0 start fresh: none; 0 left over: none" in said
+    assert re.search(rf"adamae .*\b{number}\b.*\b0\b.*\b0\b", said)
     assert "get_token_probs" not in said
 
 
@@ -668,33 +670,32 @@ def test_samplers_are_trained_on_from_the_file_by_the_script(shapes, runs, tmp_p
 def test_what_a_file_lacks_or_a_mask_does_not_use_is_said(runs, tmp_path, capsys):
     path = adamaes_own(runs["adamae"], tmp_path / "ada.pth")
     for source, flags, words in [
-        (runs["tube"], ["--mask_type", "tats"], ["tats sampler: starts fresh, the file holds none"]),
-        (runs["tube"], ["--mask_type", "adamae"], ["adamae sampler: starts fresh, the file holds none"]),
-        (path, ["--mask_type", "tube"], ["adamae sampler: ", "tensors left over, not used by --mask_type tube"]),
-        (runs["tats"], ["--mask_type", "tube"], ["tats sampler: ", "left over"]),
-        (path, ["--mask_type", "tats"], ["tats sampler: starts fresh", "adamae sampler: ", "left over"]),
-        (runs["tats"], ["--mask_type", "adamae"], ["adamae sampler: starts fresh", "tats sampler: ", "left over"]),
+        (runs["tube"], ["--mask_type", "tats"], ["tats .*fresh"]),
+        (runs["tube"], ["--mask_type", "adamae"], ["adamae .*fresh"]),
+        (path, ["--mask_type", "tube"], ["adamae .*left.*--mask_type tube"]),
+        (runs["tats"], ["--mask_type", "tube"], ["tats .*left.*--mask_type tube"]),
+        (path, ["--mask_type", "tats"], ["tats .*fresh", "adamae .*left.*--mask_type tats"]),
+        (runs["tats"], ["--mask_type", "adamae"], ["adamae .*fresh", "tats .*left.*--mask_type adamae"]),
         (runs["tats"], ["--mask_type", "tats", "--no-finetune_sampler"],
-         ["tats sampler: starts fresh, --no-finetune_sampler", "left over"]),
+         ["tats .*fresh.*--no-finetune_sampler", "tats .*left"]),
     ]:  # fmt: skip
         run = started(source, *flags)
         said = capsys.readouterr().out
-        assert not [word for word in words if word not in said], said
+        assert all(re.search(line, said) for line in words), said
         assert same(run.mae, runs["tube"], "model")
         assert run.learned == "" or not same(run.sampler, runs[run.learned], run.learned)
 
 
 def test_a_sampler_that_does_not_fit_is_an_error_with_a_way_out(runs, capsys):
     for flags in (["--tats_attention", "mha"], ["--tats_blocks", 2]):
-        with pytest.raises(
-            CheckpointError, match="its tats sampler: .*does not fit.*--tats_attention.*--no-finetune_samp"
-        ):
+        named = naming(runs["tats"], "tats sampler", "--tats_attention", "--tats_blocks", "--no-finetune_sampler")
+        with pytest.raises(CheckpointError, match=named):
             started(runs["tats"], "--mask_type", "tats", *flags)
         started(runs["tats"], "--mask_type", "tats", *flags, "--no-finetune_sampler")
     capsys.readouterr()
     started(runs["tats"], "--mask_type", "tats", "--tats_attention", "trajectory", "--tats_logit_cap", 2)
     said = capsys.readouterr().out
-    assert "--tats_attention orthoformer -> trajectory, --tats_logit_cap 0.0 -> 2.0" in said
+    assert re.search(r"--tats_attention orthoformer .*trajectory.*--tats_logit_cap 0\.0 .*2\.0", said)
 
 
 def test_a_sampler_goes_onto_another_grid(runs, tmp_path):
@@ -716,30 +717,28 @@ def test_an_encoder_alone_starts_an_autoencoder_with_a_fresh_decoder(runs, tmp_p
     assert all(torch.equal(run.mae.state_dict()[n], v) for n, v in state.items() if n.startswith("encoder."))
     assert not torch.equal(run.mae.encoder_to_decoder.weight, state["encoder_to_decoder.weight"])
     said = capsys.readouterr().out
-    assert "start fresh: mask_token, decoder.*" in said and "1 left over: encoder.head.weight" in said
+    assert re.search(r"fresh.*mask_token, decoder\.\*.*\b1\b.*left.*encoder\.head\.weight", said)
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda w: w.pop("decoder.norm.bias"), "1 missing: decoder.norm.bias"),
-    (lambda w: w.pop("encoder.norm.bias"), "1 missing: encoder.norm.bias"),
-    (lambda w: w.update({"decoder.blocks.1.norm1.bias": torch.ones(2)}), "1 unknown: decoder.blocks.1.norm1.bias"),
-    (lambda w: w.update({"encoder.blocks.0.gamma_1": torch.ones(2)}), "1 unknown: encoder.blocks.0.gamma_1"),
-    (lambda w: w.update({"mask_token": torch.ones(1, 1, 7)}), "mask_token is"),
-    (lambda w: w.update({"encoder.pos_embed": torch.randn(1, 32, 96)}), "learned its positions"),
+    (lambda w: w.pop("decoder.norm.bias"), ["1", "decoder.norm.bias"]),
+    (lambda w: w.pop("encoder.norm.bias"), ["1", "encoder.norm.bias"]),
+    (lambda w: w.update({"decoder.blocks.1.norm1.bias": torch.ones(2)}), ["1", "decoder.blocks.1.norm1.bias"]),
+    (lambda w: w.update({"encoder.blocks.0.gamma_1": torch.ones(2)}), ["1", "encoder.blocks.0.gamma_1"]),
+    (lambda w: w.update({"mask_token": torch.ones(1, 1, 7)}), ["mask_token", "(1, 1, 7)", "(1, 1, 64)"]),
+    (lambda w: w.update({"encoder.pos_embed": torch.randn(1, 32, 96)}), ["pos_embed"]),
 ])  # fmt: skip
 def test_a_part_of_an_autoencoder_is_refused(change, words, runs, tmp_path):
     weights = torch.load(runs["tube"], weights_only=True)["model"]
     change(weights)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=naming(tmp_path / "x.pth", *words)):
         started(saved(tmp_path / "x.pth", {"model": weights}))
 
 
 def test_a_file_of_something_else_says_what_it_holds(tmp_path):
     path = saved(tmp_path / "bert.pth", {"bert.pooler.weight": torch.ones(3, 3), "cls.bias": torch.ones(3)})
     for start in (started, finetuned):
-        with pytest.raises(
-            CheckpointError, match="bert.pth does not fit.*missing: .*it holds bert.pooler.weight, cls.bias"
-        ):
+        with pytest.raises(CheckpointError, match=naming("bert.pth", "bert.pooler.weight", "cls.bias")):
             start(path)
 
 
@@ -759,7 +758,7 @@ def test_a_fixed_table_in_the_file_changes_nothing(runs, tmp_path):
 
 def test_finetuning_names_the_sampler_it_leaves(runs, capsys):
     finetuned(runs["tats"])
-    assert "tats.* (" in capsys.readouterr().out.split("left over: ")[1]
+    assert re.search(r"left .*tats\.\* \(", capsys.readouterr().out)
 
 
 def test_a_runs_folder_is_taken_wherever_a_checkpoint_is(shapes, runs, tmp_path, capsys):
@@ -770,14 +769,14 @@ def test_a_runs_folder_is_taken_wherever_a_checkpoint_is(shapes, runs, tmp_path,
     state["model"]["encoder.norm.bias"] += 1
     torch.save(state | {"epoch": 10}, folder / "checkpoint-10.pth")
     assert torch.equal(started(folder).mae.encoder.norm.bias, state["model"]["encoder.norm.bias"])
-    assert f"{folder}/checkpoint-10.pth: autoencoder" in capsys.readouterr().out
+    assert_names(capsys.readouterr().out, folder / "checkpoint-10.pth", "autoencoder")
     finetuned(folder)
-    assert f"{folder}/checkpoint-10.pth: " in capsys.readouterr().out
+    assert_names(capsys.readouterr().out, folder / "checkpoint-10.pth")
     args = parsed(run_mae_pretraining, PRETRAIN, "--mask_type", "tats", "--resume", folder)
     assert find_resume(args)[0] == folder / "checkpoint-10.pth"
     (folder / "checkpoint-10.pth").write_bytes(b"cut")
     assert find_resume(args)[0] == folder / "checkpoint-3.pth" == open_checkpoint(folder)[0]
-    with pytest.raises(CheckpointError, match="no checkpoint-N.pth"):
+    with pytest.raises(CheckpointError, match=naming(shapes, "checkpoint-N.pth")):
         find_resume(parsed(run_mae_pretraining, PRETRAIN, "--resume", shapes))
 
 
@@ -840,5 +839,5 @@ def test_pictures_of_wrapped_files_and_of_files_without_a_decoder(runs, tmp_path
         run_mae_vis.Trained(str(twice), [])
     assert same(run_mae_vis.Trained(str(twice), ["--model_prefix", "teacher."]).mae, runs["tats"], "model")
     encoder = {name: value for name, value in state["model"].items() if name.startswith("encoder.")}
-    with pytest.raises(CheckpointError, match="an encoder without a decoder"):
+    with pytest.raises(CheckpointError, match=naming("x.pth", "mask_token")):
         run_mae_vis.Trained(str(saved(tmp_path / "x.pth", state | {"model": encoder})), [])

@@ -19,6 +19,7 @@ from datasets.lists import ListError, read_list, split_line
 from datasets.moving_shapes import write_video
 from engine_for_finetuning import Scores
 from runtime import reports
+from tests.helpers.runs import assert_names
 from tools.common import VIDEO_SUFFIXES, find_videos, replacing, temporary_name, write_list
 from utils import picture_text, tolerant_output
 
@@ -75,19 +76,17 @@ def test_lines(line, expected):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("a.mp4,0,", "an empty column"), ("a.mp4,,0", "an empty column"), ("a.mp4, 0 ,", "an empty column"),
-        ("a.mp4,", "an empty column"), ('"a.mp4",,0', "an empty column"), ("path,label", "header"),
-        ("path label", "header"),
-        ('"path","label"', "header"), ("a.mp4 1.0", "astype(int)"), ("a.mp4,3.", "astype(int)"),
-        ("a.mp4 PushUps", "'PushUps' is not an integer"), ("a.mp4", "no label"),
-        ("a.mp4 1e3", "'1e3' is not an integer"),
+        ("a.mp4,0,", "column"), ("a.mp4,,0", "column"), ("a.mp4, 0 ,", "column"), ("a.mp4,", "column"),
+        ('"a.mp4",,0', "column"), ("path,label", "header"), ("path label", "header"), ('"path","label"', "header"),
+        ("a.mp4 1.0", "astype(int)"), ("a.mp4,3.", "astype(int)"), ("a.mp4 PushUps", "'PushUps'"), ("a.mp4", "'a.mp4'"),
+        ("a.mp4 1e3", "'1e3'"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(tmp_path, line, words):
     (tmp_path / "l.csv").write_text(line + "\n")
     with pytest.raises(ListError) as error:
         read_list(tmp_path / "l.csv")
-    assert "line 1" in str(error.value) and words in str(error.value)
+    assert_names(error.value, tmp_path / "l.csv", "line 1", words)
 
 
 def test_every_name_is_written_so_that_it_is_read_back(tmp_path):
@@ -193,19 +192,21 @@ def make_scores(num_classes):
 
 
 @pytest.mark.parametrize(
-    "data, expected, words",
+    "data, expected, part",
     [
         ("\ufeffa\r\n\r\nb\r\n\n", ["a", "b"], ""), ("$$\n\\frac{\n", ["$$", "\\frac{"], ""),
-        ("é\nb\n".encode("latin-1"), ["é", "b"], "latin-1"), ("a\nb\nc\n", ["0", "1"], "3 classes"),
-        ("", ["0", "1"], "0 classes"),
+        ("é\nb\n".encode("latin-1"), ["é", "b"], "latin-1"), ("a\nb\nc\n", ["0", "1"], "3"),
+        ("", ["0", "1"], "0"),
         (b"\xff\xfe\0a", ["0", "1"], "latin-1"),
     ],
 )  # fmt: skip
-def test_names_of_classes(tmp_path, capsys, data, expected, words):
+def test_names_of_classes(tmp_path, capsys, data, expected, part):
     (tmp_path / "classes.txt").write_bytes(data.encode() if isinstance(data, str) else data)
     assert reports.class_names(tmp_path, 2) == expected
     printed = capsys.readouterr().out
-    assert words in printed and bool(words) == ("classes.txt" in printed)
+    assert bool(part) == ("classes.txt" in printed)
+    if part:
+        assert_names(printed, tmp_path / "classes.txt", part)
 
 
 HOSTILE = ["$$", "$x", "\\frac{1}{0}", "a_b^c", "日本語", "tab\there", "bell\a", "\udcff", "x" * 300, "%s {} \\n"]
@@ -227,7 +228,7 @@ def test_a_picture_that_cannot_be_drawn_loses_nothing(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(reports, "draw_confusion", fail)
     reports.write_report(tmp_path, make_scores(3), ["a", "b", "c"], ["a", "b", "c"], {})
-    assert "confusion.png cannot be drawn" in capsys.readouterr().out
+    assert_names(capsys.readouterr().out, "confusion.png", "no font")
     assert {"test.json", "per_class.csv", "predictions.csv", "scores.npz"} <= {p.name for p in tmp_path.iterdir()}
 
 

@@ -43,6 +43,7 @@ from runtime.checkpoint import (
     load_weights,
     model_weights,
 )
+from tests.helpers.runs import assert_names, naming
 from tools import check_videos, make_lists, make_subset, resize_videos
 from tools.common import in_processes
 
@@ -249,10 +250,10 @@ def test_what_is_no_list_is_refused(tmp_path):
     [
         ("a.mp4 1\nb.mp4 -2\n", ["line 2", "'-2'"]),
         ("a.mp4 99999999999999999999\n", ["line 1", "'99999999999999999999'"]),  # no int64
-        ("a.mp4 " + "9" * 5000, ["line 1", "9999 ... "]),  # int() refuses it
-        ("a.mp4 \u0663\n", ["line 1", "not an integer"]),
-        ("a\0.mp4 1\n", ["line 1", "zero byte"]),
-        ("x" * 100_000, ["line 1", "no label"]),
+        ("a.mp4 " + "9" * 5000, ["line 1", "9" * 50]),  # int() refuses it
+        ("a.mp4 \u0663\n", ["line 1", "'\u0663'"]),
+        ("a\0.mp4 1\n", ["line 1", "a\\x00.mp4 1"]),
+        ("x" * 100_000, ["line 1", "label", "x" * 50]),
     ],
 )
 def test_list_errors_that_were_none(text, words, tmp_path):
@@ -412,7 +413,7 @@ def without_decoder(data: bytes) -> bytes:
 def test_a_codec_nobody_knows_is_refused(encoded, decoder, tmp_path):
     """It was an AttributeError."""
     (tmp_path / "x.mkv").write_bytes(without_decoder((encoded / "h264.mkv").read_bytes()))
-    with pytest.raises(VideoError, match="no decoder for its codec"):
+    with pytest.raises(VideoError, match=naming("x.mkv", "codec")):
         read_frames(str(tmp_path / "x.mkv"), lambda n: [0], decoder)
 
 
@@ -468,8 +469,7 @@ def test_a_video_that_vanishes_during_training_is_replaced_counted_and_named(tmp
     assert counts[0] >= 1 and counts[1] >= 2 and counts[2] >= 2  # more where a replacement is a bad one, too
     assert all(math.isfinite(record["train_loss"]) for record in log)
     printed = capsys.readouterr().out
-    assert printed.count(f"replaced by another: {videos[0]}: ") == 3
-    assert printed.count(f"replaced by another: {videos[1]}: no such file") == 2
+    assert printed.count(f"{videos[0]}: ") == 3 and printed.count(f"{videos[1]}: ") == 2
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -553,10 +553,10 @@ def test_no_code_of_a_checkpoint_runs(save, shapes, runs, tmp_path):
         for state in (good | {"args": hostile}, {"model": good["model"], "extra": [{"deep": hostile}]}, hostile):
             with about(f"{name}: {type(state).__name__}"):
                 SAVES[save](state, path)
-                with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+                with pytest.raises(CheckpointError, match=naming(path)):
                     load_checkpoint(path)
                 if path.suffix == ".pth":  # a run's
-                    with pytest.raises(CheckpointError, match="none of its checkpoints can be read"):
+                    with pytest.raises(CheckpointError, match=naming(tmp_path, path.name)):
                         latest_checkpoint(tmp_path)
         flags = ["--data_path", shapes / "train.csv", *PRETRAIN, *TATS_NOW]
         assert refusal(run_mae_pretraining.main, [*flags, "--resume", path], path)
@@ -754,14 +754,14 @@ def first_of(weights: dict) -> str:
 @pytest.mark.parametrize(
     "spoilt,words",
     [
-        (lambda w: w * math.nan, "1 of its .* weights are not finite"),
-        (lambda w: w.double() * 1e300, "not finite"),
-        (lambda w: w.long(), "torch.int64"),
-        (lambda w: w.to(torch.complex64), "torch.complex64"),
-        (lambda w: w.to_sparse(), "torch.sparse_coo"),
-        (lambda w: w.to("meta"), "CheckpointError|torch.float32"),
-        (lambda w: w.tolist(), "is list"),
-        (lambda w: w[:-1], "of another shape"),
+        (lambda w: w * math.nan, ["1", "finite"]),
+        (lambda w: w.double() * 1e300, ["1", "finite"]),
+        (lambda w: w.long(), ["torch.int64"]),
+        (lambda w: w.to(torch.complex64), ["torch.complex64"]),
+        (lambda w: w.to_sparse(), ["torch.sparse_coo"]),
+        (lambda w: w.to("meta"), ["meta"]),
+        (lambda w: w.tolist(), ["list"]),
+        (lambda w: w[:-1], ["(3, 3)", "(4, 3)"]),
     ],
 )
 def test_weights_of_another_kind(spoilt, words):
@@ -769,7 +769,7 @@ def test_weights_of_another_kind(spoilt, words):
     before = layer.weight.detach().clone()
     weights = layer.state_dict()
     weights["weight"] = spoilt(weights["weight"] + 1)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=naming("x.pth", "weight", *words)):
         load_weights(layer, weights, "x.pth")
     assert torch.equal(layer.weight, before)
 
@@ -779,13 +779,13 @@ def test_weights_of_another_kind(spoilt, words):
 )
 def test_tables_that_are_no_positions(table):
     """The last would take 800 TB once it is computed with."""
-    with pytest.raises(CheckpointError, match="x.pth: its pos_embed"):
+    with pytest.raises(CheckpointError, match=naming("x.pth", "pos_embed")):
         encoder_weights({"model": {"encoder.pos_embed": table}}, "x.pth", ("model",))
 
 
 def test_huggingface_weights_with_a_part_gone():
     weights = {"videomae.encoder.layer.0.attention.attention.query.weight": torch.ones(2, 2)}
-    with pytest.raises(CheckpointError, match="x.pth: its Hugging Face weights"):
+    with pytest.raises(CheckpointError, match=naming("x.pth", "Hugging Face")):
         model_weights(weights, "x.pth")
 
 
@@ -800,13 +800,13 @@ def test_moments_that_would_spoil_the_next_step(name, value):
     optimizer.step()
     check_moments(optimizer, "x.pth")
     optimizer.state[layer.weight][name] = value
-    with pytest.raises(CheckpointError, match=f"x.pth: its optimizer's {name}"):
+    with pytest.raises(CheckpointError, match=naming("x.pth", "optimizer", name)):
         check_moments(optimizer, "x.pth")
     del optimizer.state[layer.weight][name]
-    with pytest.raises(CheckpointError, match="x.pth: its optimizer has only"):
+    with pytest.raises(CheckpointError, match=naming("x.pth", "optimizer", *optimizer.state[layer.weight])):
         check_moments(optimizer, "x.pth")
     optimizer.state[layer.weight] = [1]
-    with pytest.raises(CheckpointError, match="x.pth: its optimizer's state of a weight is a list"):
+    with pytest.raises(CheckpointError, match=naming("x.pth", "optimizer", "list")):
         check_moments(optimizer, "x.pth")
 
 
@@ -832,7 +832,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(script, damage, shapes, runs
     with pytest.raises(Trained):
         main([*flags, "--epochs", "3", "--output_dir", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert re.search(f"warning: {newest}.*; trying the one before it", printed) and "resumed after epoch 0" in printed
+    assert_names(printed, "warning: ", newest)
+    assert_names(printed, "resumed", tmp_path / "checkpoint-0.pth")
     assert (tmp_path / "checkpoint-0.pth").read_bytes() == whole and not (tmp_path / "ran").exists()
 
 

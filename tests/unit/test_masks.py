@@ -24,6 +24,7 @@ from masking_generator import (
     uniform_noise,
 )
 from tests.helpers import reference
+from tests.helpers.runs import naming
 
 torch.set_num_threads(1)
 
@@ -272,13 +273,13 @@ def test_ratios_that_leave_nothing_to_see_or_to_predict_are_refused(sampler_clas
     if (sampler_class, mask_ratio) == (TubeMask, 0.999):  # tubes always leave one position of a frame
         assert TubeMask(GRID, mask_ratio).num_visible == GRID[0]
         return
-    with pytest.raises(ValueError, match="--mask_ratio"):
+    with pytest.raises(ValueError, match=naming(f"--mask_ratio {mask_ratio}")):
         sampler_class(GRID, mask_ratio)
 
 
 @pytest.mark.parametrize("sampler_class, mask_ratio", [(RandomMask, 0.9), (TubeMask, 0.2)])
 def test_ratios_too_extreme_for_a_small_clip_are_refused(sampler_class, mask_ratio):
-    with pytest.raises(ValueError, match="--mask_ratio"):
+    with pytest.raises(ValueError, match=naming(f"--mask_ratio {mask_ratio}")):
         sampler_class((2, 2, 2), mask_ratio)
 
 

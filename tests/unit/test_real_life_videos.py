@@ -18,6 +18,7 @@ from datasets.decoding import VideoError, open_video, read_frames
 from datasets.video import EvalVideoDataset, TrainVideoDataset, clip_indices
 from tests.conftest import SHARED
 from tests.helpers.clips import BACK_ENDS, hide_frames, open_av
+from tests.helpers.runs import assert_names, naming
 from tools import check_videos
 from tools.common import VIDEO_SUFFIXES
 from tools.resize_videos import resize_video
@@ -272,7 +273,7 @@ def test_decord_is_asked_only_where_pyav_cannot_read(files, monkeypatch):
 @pytest.mark.parametrize("decoder", BACK_ENDS)
 def test_what_a_back_end_returns_is_checked(files, frame, decoder, monkeypatch):
     monkeypatch.setattr(decoding.DECODERS[decoder], "fetch", lambda self, wanted, limit: dict.fromkeys(wanted, frame))
-    with pytest.raises(VideoError, match=r"h264.mp4: (av|decord) gave .*\(96, 128"):
+    with pytest.raises(VideoError, match=naming("h264.mp4", str(frame.dtype), str(frame.shape))):
         read_frames(given(files, "h264.mp4"), lambda length: [0, 1], decoder)
 
 
@@ -282,10 +283,10 @@ def test_a_change_of_size_is_refused_by_all(tmp_path):
     path = str(tmp_path / "two.webm")
     for decoder in ("auto", "pyav"):
         for indices in ([0, 1], [40, 41], [20, 30]):
-            with pytest.raises(VideoError, match="two.webm: the frame size changes within the video"):
+            with pytest.raises(VideoError, match=naming("two.webm", "size")):
                 read_frames(path, lambda length, indices=indices: indices, decoder)
     for use in (lambda: check_videos.check_video(path, "auto"), lambda: resize_video(path, f"{path}.mp4", 48, 8, 20)):
-        with pytest.raises(VideoError, match="two.webm: the frame size changes within the video"):
+        with pytest.raises(VideoError, match=naming("two.webm", "size")):
             use()
 
 
@@ -312,8 +313,8 @@ def test_errors_are_counted_and_reported(files, tmp_path, capsys):
     assert [row["decoded"] for row in rows[:3]] == ["50", "49", "50"] and rows[4]["decoded"] == "49"
     assert rows[0]["errors"] == "0" and rows[0]["reason"] == ""
     assert all(int(rows[i]["errors"]) > 0 for i in (1, 2, 4, 5, 6))
-    assert "frames that its header claims are not there" in rows[3]["reason"]
-    assert "6 of the good videos are damaged" in capsys.readouterr().out
+    assert "header" in rows[3]["reason"]
+    assert_names(capsys.readouterr().out, 6, "damaged")
 
 
 READ_ALL = """
@@ -395,9 +396,9 @@ def test_a_cover_picture_is_not_the_video(files, tmp_path):
     assert clip.shape == (30, 96, 128, 3) and len({frame.numpy().tobytes() for frame in clip}) == 30
     write_cover(tmp_path / "song.mp4", video=False)
     for decoder in ["auto", "pyav", *(["decord"] if decoding._imports("decord") else [])]:
-        with pytest.raises(VideoError, match="song.mp4: .*no video stream, only a cover picture"):
+        with pytest.raises(VideoError, match=naming("song.mp4", "cover")):
             read_frames(str(tmp_path / "song.mp4"), lambda length: [0], decoder)
-    with pytest.raises(VideoError, match="no video stream"):
+    with pytest.raises(VideoError, match=naming("song.mp4", "cover")):
         check_videos.check_video(str(tmp_path / "song.mp4"), "auto")
 
 
@@ -518,10 +519,10 @@ def test_a_back_end_that_fails_unforeseen_is_one_line(files, error, where, monke
     with pytest.raises(VideoError) as caught:
         read_frames(path, lambda length: [0], "pyav")
     message = str(caught.value)
-    assert message.startswith(f"{path}: av {av.__version__} failed") and type(error).__name__ in message
-    assert "\n" not in message
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    assert_names(message, f"av {av.__version__}", type(error).__name__)
     (tmp_path / "list.csv").write_text(f"{path} 0\n{path} 1\n")
-    with pytest.raises(VideoError, match=f"list.csv: 10 videos in a row .*av {av.__version__} failed"):
+    with pytest.raises(VideoError, match=naming("list.csv", 10, f"av {av.__version__}")):
         TrainVideoDataset(tmp_path / "list.csv", 4, 2, lambda clip, rng: clip, decoder="pyav")[0, 1]
     if decoding._imports("decord"):  # "auto" has another
         assert len(everything(path)) == FRAMES
@@ -542,9 +543,9 @@ def test_suffixes_that_are_videos():
 def test_a_folder_of_frames_is_named_for_what_it_is(tmp_path):
     (tmp_path / "frames").mkdir()
     (tmp_path / "frames/00001.jpg").touch()
-    with pytest.raises(VideoError, match="frames: a folder, not a video: .*ffmpeg -framerate"):
+    with pytest.raises(VideoError, match=naming(tmp_path / "frames", "folder", "ffmpeg -framerate")):
         read_frames(str(tmp_path / "frames"), range)
-    with pytest.raises(VideoError, match="nowhere: no such file"):
+    with pytest.raises(VideoError, match=naming(tmp_path / "nowhere")):
         read_frames(str(tmp_path / "nowhere"), range)
 
 
@@ -576,6 +577,6 @@ def test_cases(cases, decoder):
         assert np.abs(got.astype(int) - as_shown(base[0], MATRICES[matrix])).max() <= 2
         corners = [got[y, x].astype(int) for y in (2, -3) for x in (2, -3)]
         assert np.abs(np.array(corners) - CORNERS[name]).max() <= 4, corners
-    for name, words in (("audio_cover.mp4", "no video stream"), ("reschange.webm", "the frame size changes")):
-        with pytest.raises(VideoError, match=words):
+    for name, word in (("audio_cover.mp4", "cover"), ("reschange.webm", "size")):
+        with pytest.raises(VideoError, match=naming(cases / name, word)):
             everything(cases / name, decoder)
