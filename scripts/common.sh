@@ -13,6 +13,7 @@
 #   SEED
 #   SCALE        paper (default: ViT-B, 16 frames of 224 x 224) or tiny: a model of 0.6 M weights, 8 frames of INPUT_SIZE
 #                (64), large learning rates, minutes on a CPU
+#   TATS_OBJECTIVE   ppo (default, the paper's) or listwise, with TATS_TAU (docs/SAMPLER.md)
 #   TATS_START_EPOCH  TATS_LR  ENTROPY_COEF  TATS_LOGIT_CAP      of the tiny scale; of the paper's by flags
 #   DRY_RUN=1    print the command instead of running it
 set -euo pipefail
@@ -90,8 +91,10 @@ case ${SCALE:-paper} in
             --lr "${LR:-1.28e-1}" --min_lr 0 --warmup_epochs "${WARMUP_EPOCHS:-1}" --epochs "$EPOCHS"
             --save_ckpt_freq "${SAVE_FREQ:-1000}" --num_workers "${NUM_WORKERS:-1}" --print_freq 50)
         TATS_FLAGS=(--mask_type tats --tats_attention trajectory --tats_start_epoch "${TATS_START_EPOCH:-$((EPOCHS / 2))}"
-            --tats_lr "${TATS_LR:-2e-4}" --entropy_coef "${ENTROPY_COEF:-1e-5}" --normalize_advantage
-            --tats_logit_cap "${TATS_LOGIT_CAP:-2}")
+            --tats_lr "${TATS_LR:-2e-4}")
+        if [ "${TATS_OBJECTIVE:-ppo}" = ppo ]; then
+            TATS_FLAGS+=(--entropy_coef "${ENTROPY_COEF:-1e-5}" --normalize_advantage --tats_logit_cap "${TATS_LOGIT_CAP:-2}")
+        fi
         FINETUNE_FLAGS=(--model "${MODEL:-vit_tiny_patch8_64}" --input_size "${INPUT_SIZE:-64}" --num_frames 8
             --batch_size "${BATCH_SIZE:-4}" --num_sample "${NUM_SAMPLE:-4}" --lr "${LR:-6.4e-2}"
             --crop_scale 0.5 1 --aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0 --smoothing 0
@@ -104,6 +107,10 @@ case ${SCALE:-paper} in
         exit 2
         ;;
 esac
+
+if [ "${TATS_OBJECTIVE:-ppo}" != ppo ]; then
+    TATS_FLAGS+=(--tats_objective "$TATS_OBJECTIVE" --tats_tau "${TATS_TAU:-0.1}")
+fi
 
 # pretrain NAME FLAGS...: the recipe of the paper's tables 4 and 8 for every method and data set.
 pretrain() {

@@ -10,13 +10,19 @@ weights are the row `scratch`. A row is a combination of the --by flags, its see
 lists were pre-trained or fine-tuned on, the rows tell them apart.
 
 A cell is the mean over seeds and half the width of its 95 % interval (Student's t). With --baseline, the top-1 of
-equal seeds are compared by a paired t test. Flags that differ beside --by and the seed are named under the table, and
-so are runs that are left out. Written: table.md, table.csv (all digits), runs.csv, curves.png, accuracy.png.
+equal seeds are compared by a paired t test: "ahead" or "behind" where the interval of the difference, over seeds and
+with the error of the test set, excludes 0; else "not decided", with the smallest difference that so many seeds find
+with a power of 80 %. "mean val" is the mean validation top-1 over the epochs of a fine-tuning: how fast it learns.
+Measures of tools/measure.py are shown where they were made. Flags that differ beside --by and the seed are named under
+the table, and so are runs that are left out.
+
+Written: table.md, table.csv (all digits), runs.csv, curves.png, accuracy.png.
 """
 
 import argparse
 import csv
 import io
+import math
 import os
 import statistics
 import sys
@@ -43,7 +49,7 @@ from tools.run_folders import (
     settings,
     value_of,
 )
-from tools.seed_statistics import interval, paired, wilson
+from tools.seed_statistics import Paired, interval, paired, wilson
 from utils import UsageError
 
 METRICS = {
@@ -148,8 +154,8 @@ def tested_best(runs: list[Run]) -> Iterator[str]:
         yield f"{len(old)} run(s) report the best epoch of the validation, not the last: test them again ({names})"
 
 
-def compared(row: Row, base: Row, kind: str) -> tuple[float, float, float | None, int] | None:
-    """seed_statistics.paired of the top-1 of common seeds, or None where there are fewer than two.
+def compared(row: Row, base: Row, kind: str) -> Paired | None:
+    """The paired comparison of the top-1 of common seeds, or None where there are fewer than two.
 
     Runs from scratch have no pre-training seed: there, the seed of what follows decides, if it tells the runs apart.
     """
@@ -162,7 +168,8 @@ def compared(row: Row, base: Row, kind: str) -> tuple[float, float, float | None
     common = sorted(set(sides[0]) & set(sides[1]))
     if row is base or len(common) < 2:
         return None
-    return paired(*([side[key] for key in common] for side in sides))
+    videos = min((run.test["videos"] for run in row.runs[kind] if run.test.get("videos")), default=None)
+    return paired(*([side[key] for key in common] for side in sides), videos)
 
 
 def is_value(value: Hashable, text: str) -> bool:
@@ -249,6 +256,9 @@ def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None
     for name, heading in METRICS.items():
         values = [run.last(f"train_{name}") for run in first]
         cells.estimate(heading, name, values, 4 if name == "loss" else 3, num_runs)
+    for name in dict.fromkeys(name for run in first for name in run.measures if name != "mask_ratio"):
+        values = [run.measures.get(name) for run in first]
+        cells.estimate(name.replace("_", " "), name, values, 3 if "error" in name or "auc" in name else 1, num_runs)
     for kind in kinds:
         runs = row.runs.get(kind, [])
         name = kind.replace("-", "_").replace(" ", "_")
@@ -256,6 +266,9 @@ def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None
             videos = min((run.test["videos"] for run in runs if run.test.get("videos")), default=None)
             values = [run.test[f"acc{k}"] for run in runs]
             cells.estimate(f"{kind} top-{k} (%)", f"{name}_acc{k}", values, 2, num_runs, videos)
+            if k == 1:
+                means = [statistics.fmean(curve) if (curve := run.curve("val_acc1")[1]) else None for run in runs]
+                cells.estimate(f"{kind} mean val", f"{name}_mean_val", means, 2, num_runs)
         if baseline:
             result = compared(row, base, kind) if base else None
             add_paired(cells, f"{kind} top-1 - {baseline}'s", f"{name}_minus_baseline", result)
@@ -263,15 +276,27 @@ def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None
     return cells
 
 
-def add_paired(cells: Cells, heading: str, name: str, result: tuple[float, float, float | None, int] | None) -> None:
-    """The cell of what `compared` returned."""
-    difference, half, p, pairs = result or (None, None, None, None)
-    text = "-"
-    if result:
-        text = f"{difference:+.2f} ({difference - half:.2f} to {difference + half:.2f}"
-        text += f"; p {'-' if p is None else f'{p:.2g}'}, {pairs} pairs)"
-    low, high = (difference - half, difference + half) if result else (None, None)
-    cells.add(heading, name, text, difference=difference, low=low, high=high, p=p, pairs=pairs)
+def add_paired(cells: Cells, heading: str, name: str, result: Paired | None) -> None:
+    """The cell of what `compared` returned, with its verdict."""
+    if result is None:
+        parts = ("difference", "low", "high", "p", "pairs", "test_error", "detectable", "verdict")
+        cells.add(heading, name, "-", **dict.fromkeys(parts))
+        return
+    width = math.hypot(result.half, result.test_error)
+    low, high = result.difference - result.half, result.difference + result.half
+    if abs(result.difference) > width:
+        verdict = "ahead" if result.difference > 0 else "behind"
+    else:
+        verdict = "not decided"
+    text = f"{result.difference:+.2f} ({low:.2f} to {high:.2f}"
+    text += f"; p {'-' if result.p is None else f'{result.p:.2g}'}, {result.pairs} pairs"
+    text += f"; test set ± {result.test_error:.1f}): {verdict}"
+    if verdict == "not decided":
+        text += f", {result.detectable:.1f} would be found"
+    cells.add(
+        heading, name, text, difference=result.difference, low=low, high=high, p=result.p, pairs=result.pairs,
+        test_error=result.test_error, detectable=result.detectable, verdict=verdict,
+    )  # fmt: skip
 
 
 def add_costs(cells: Cells, runs: list[Run], base: list[Run], baseline: str | None) -> None:

@@ -30,9 +30,9 @@ from modeling_pretrain import reconstruction_target, token_error
 from run_mae_vis import Trained, middle_frames, read_clip
 from runtime.checkpoint import CheckpointError, checkpoint_files
 from tools.common import Formatter, run_tool, write_text
+from tools.run_folders import MEASURES
 from utils import UsageError
 
-MEASURES = "measures.json"
 FEW_LABELS = (100, 300, 1000)
 NEIGHBOURS = 20
 BATCH = 50  # clips

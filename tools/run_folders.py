@@ -7,7 +7,7 @@ import os
 import statistics
 from collections import defaultdict
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from utils import UsageError
 PRETRAINING, SCRATCH = "pre-training", "scratch"
 KINDS = ("fine-tuning", "linear probe", "attentive probe")  # what yields accuracies
 CHECKPOINTS = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")  # a --finetune of another name is a folder
+MEASURES = "measures.json"  # written by tools/measure.py
 UNREAD = "-"  # the value of a flag that a run's method does not read
 # May differ without a note. The rows of the table tell data_path and seed; the source of --finetune, the clips per step
 # and the settings of the test are compared on their own (settings).
@@ -39,6 +40,7 @@ class Run:
     made_with: dict  # what args.json says of torch and git
     log: dict[int, dict]  # of each epoch
     test: dict | None
+    measures: dict = field(default_factory=dict)  # of tools/measure.py
     source: "Run | None" = None  # the pre-training run that it started from
     problem: str = ""  # why it is left out
 
@@ -129,6 +131,8 @@ def read_run(folder: Path) -> Run:
     if test is not None and not all(isinstance(test.get(name), int | float) for name in ("acc1", "acc5")):
         raise UsageError(f"{test_path}: has no acc1 and acc5: test again with --eval, or leave its folder out")
     run = Run(folder, kind_of(args), args, made_with, read_log(folder / "log.txt"), test)
+    if (folder / MEASURES).is_file():
+        run.measures = {k: v for k, v in read_json(folder / MEASURES).items() if isinstance(v, int | float)}
     run.problem = problem_of(run)
     return run
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# make compare: five methods on the embedded data at one mask ratio, fine-tuned and probed; a table and pictures.
-# Settings: scripts/compare/sweep.sh; with SEEDS="0 1 2" MASK_RATIOS="0.75 0.9" it is the comparison of docs/RESULTS.md.
-export PRETRAIN_EPOCHS=${PRETRAIN_EPOCHS:-7} FINETUNE_EPOCHS=${FINETUNE_EPOCHS:-25} PROBE_EPOCHS=${PROBE_EPOCHS:-30}
+# make compare: masks on the embedded data at one mask ratio, measured and fine-tuned, beside training from scratch; a table
+# and pictures. Settings: scripts/compare/sweep.sh. More seeds are added by the same command, as SEEDS="0 1 2 3".
+export PRETRAIN_EPOCHS=${PRETRAIN_EPOCHS:-4} FINETUNE_EPOCHS=${FINETUNE_EPOCHS:-4} PROBE_EPOCHS=${PROBE_EPOCHS:-30}
 export JOBS=${JOBS:-$(nproc)} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a thread a run costs least
-METHODS=${METHODS:-tube random motion adamae tats} EVALUATIONS=${EVALUATIONS:-finetune linear_probe}
+METHODS=${METHODS:-random tube motion adamae listwise scratch} MEASURE=${MEASURE-1}
 source "$(dirname "${BASH_SOURCE[0]}")/sweep.sh"
-MASK_RATIOS=${MASK_RATIOS:-0.75}
+MASK_RATIOS=${MASK_RATIOS:-0.85}
 add_methods
-run_units embedded --baseline "$BASELINE" "$@"
+run_units embedded --by mask_type mask_ratio tats_objective tats_tau --baseline "$BASELINE" "$@"

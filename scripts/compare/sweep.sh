@@ -4,9 +4,11 @@
 #   DATA_SET     folder of scripts/ with the data set's scripts (default shapes, the embedded data): ssv2, k400, ucf101, hmdb51,
 #                custom (with NB_CLASSES)
 #   DATA_PATH    folder with train.csv and val.csv (shapes: written where there is none)
-#   METHODS      of tube random frame motion adamae tats
+#   METHODS      of tube random frame motion adamae tats, listwise and hide (TATS with --tats_objective listwise, and with
+#                --tats_tau below 0), scratch (no pre-training)
 #   MASK_RATIOS  SEEDS        lists, as "0.85 0.9 0.95"
 #   EVALUATIONS  of finetune linear_probe attentive_probe (default finetune; empty: none)
+#   MEASURE=1    also tools/measure.py on every pre-training
 #   OUTPUT_DIR   default output/compare/NAME; METHOD-ratioR-seedS/{pretrain,finetune,linear_probe} are made in it
 #   JOBS         units at a time on this machine (default 1), a log.txt each
 #   SCALE, EPOCHS ...   all of scripts/common.sh; PRETRAIN_EPOCHS, FINETUNE_EPOCHS, PROBE_EPOCHS say it for one kind of run
@@ -62,6 +64,8 @@ add_variants() {
     done
 }
 
+interpreter() { if [ -n "${PYTHON:-}" ]; then echo "$PYTHON"; else (source scripts/common.sh && echo "$PYTHON"); fi; }
+
 newest_checkpoint() { find "$1" -maxdepth 1 -name 'checkpoint-[0-9]*.pth' ! -name '*-step*' | sort -V | tail -n 1; }
 
 # run_unit NAME METHOD RATIO SEED FLAGS...: in a subshell. DATA_PATH, DATA_SET: of pre-training; TO_SET, TO_PATH: of the
@@ -73,9 +77,12 @@ run_unit() {
     case $method in
         tube) script=pretrain_videomae.sh ;;
         random | adamae | tats) script=pretrain_$method.sh ;;
+        listwise) script=pretrain_tats.sh && export TATS_OBJECTIVE=listwise ;;
+        hide) script=pretrain_tats.sh && export TATS_OBJECTIVE=listwise TATS_TAU=-${TATS_TAU:-0.1} ;;
+        scratch) script= ;;
         frame | motion) script=pretrain_random.sh && set -- --mask_type "$method" "$@" ;;
         *)
-            echo "error: METHODS=$method: choose of tube random frame motion adamae tats" >&2
+            echo "error: METHODS=$method: choose of tube random frame motion adamae tats listwise hide scratch" >&2
             return 2
             ;;
     esac
@@ -83,16 +90,21 @@ run_unit() {
     for evaluation in $EVALUATIONS; do
         [ -f "$folder/$evaluation${TO:+_$TO}/test.json" ] || missing+=" $evaluation"
     done
-    if [ -z "$missing" ] && [ -n "${EVALUATIONS// /}" ]; then return 0; fi
-    # shellcheck disable=SC2086  # the extra flags are several words
-    EPOCHS=${PRETRAIN_EPOCHS:-${EPOCHS:-}} DATA_PATH=$DATA_PATH/train.csv OUTPUT_DIR=$folder/pretrain \
-        bash "scripts/$DATA_SET/$script" "$@" ${PRETRAIN_EXTRA:-} || return
-    local checkpoint
-    checkpoint=$(newest_checkpoint "$folder/pretrain")
+    if [ -z "$missing" ] && [ -n "${EVALUATIONS// /}" ] && { [ -z "${MEASURE:-}" ] || [ -z "$script" ] ||
+        [ -f "$folder/pretrain/measures.json" ]; }; then return 0; fi
+    local checkpoint=none
+    if [ -n "$script" ]; then
+        # shellcheck disable=SC2086  # the extra flags are several words
+        EPOCHS=${PRETRAIN_EPOCHS:-${EPOCHS:-}} DATA_PATH=$DATA_PATH/train.csv OUTPUT_DIR=$folder/pretrain \
+            bash "scripts/$DATA_SET/$script" "$@" ${PRETRAIN_EXTRA:-} || return
+        checkpoint=$(newest_checkpoint "$folder/pretrain")
+        if [ -n "${MEASURE:-}" ]; then
+            "$(interpreter)" tools/measure.py "$folder/pretrain" --data_path "$DATA_PATH" || return
+        fi
+    fi
     for evaluation in $missing; do
         local probe="" epochs=${FINETUNE_EPOCHS:-${EPOCHS:-}} data=${TO_PATH:-$DATA_PATH}
         if [ "$evaluation" != finetune ]; then probe=--$evaluation epochs=${PROBE_EPOCHS:-${EPOCHS:-}}; fi
-        if [ "${TO_SET:-$DATA_SET}" = shapes ]; then data+=/right_left; fi
         # shellcheck disable=SC2086
         EPOCHS=$epochs MODEL_PATH=$checkpoint DATA_PATH=$data OUTPUT_DIR=$folder/$evaluation${TO:+_$TO} \
             bash "scripts/${TO_SET:-$DATA_SET}/finetune.sh" $probe ${FINETUNE_EXTRA:-} || return
@@ -137,7 +149,6 @@ run_units() {
         ) &
     done
     wait
-    PYTHON=${PYTHON:-} python=$([ -n "$PYTHON" ] && echo "$PYTHON" || (source scripts/common.sh && echo "$PYTHON"))
-    "$python" tools/compare_runs.py "$OUTPUT" --output "$OUTPUT" "$@"
+    "$(interpreter)" tools/compare_runs.py "$OUTPUT" --output "$OUTPUT" "$@"
     [ ! -f "$failed" ]
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Fine-tune on the embedded data set and test, does the shape move right or left? No single frame tells, and nothing is
+# Fine-tune on the embedded data set and test, which of ten kinds of motion is it? No single frame tells, and nothing is
 # mirrored: MODEL_PATH=checkpoint.pth bash scripts/shapes/finetune.sh [flags]
 # Settings by environment and flags: scripts/common.sh; next to them, data and scale are set by scripts/shapes/data.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/data.sh"
-finetune shapes_finetune --data_set custom --nb_classes 2 --no-flip --sampling_rate 2 --crop_scale 0.8 1 \
-    --batch_size 4 --num_sample 8 --lr "${LR:-1.28e-1}" --warmup_epochs 3 --layer_decay 1 \
+finetune shapes_finetune --data_set custom --nb_classes 10 --no-flip --sampling_rate 2 --crop_scale 0.8 1 \
+    --batch_size 8 --num_sample 4 --lr "${LR:-3.2e-2}" --layer_decay 1 \
     --test_num_segment 2 --test_num_crop 3 "$@"

@@ -13,11 +13,12 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from scipy import stats
 
 import run_class_finetuning
 import run_mae_pretraining
 from tests.helpers.runs import assert_names
-from tools import compare_runs, paper_tables
+from tools import compare_runs, paper_tables, seed_statistics
 from utils import write_run_description
 
 T_2 = 4.302653  # 97.5 % quantile of Student's t with 2 degrees of freedom, from a printed table
@@ -182,7 +183,9 @@ def test_equal_differences_have_no_p(tmp_path):
             source = pretrain(tmp_path, method + seed, "--mask_type", method, "--seed", seed)
             finetune(tmp_path, f"{method}{seed}_ft", source, "--seed", seed, acc1=acc1)
     text, table, _ = compare(tmp_path, tmp_path, "--baseline", "tube")
-    assert cell_of(text, "random", "fine-tuning top-1 - tube's") == "+3.00 (3.00 to 3.00; p -, 2 pairs)"
+    assert cell_of(text, "random", "fine-tuning top-1 - tube's") == (
+        "+3.00 (3.00 to 3.00; p -, 2 pairs; test set ± 8.8): not decided, 0.0 would be found"
+    )
     assert row_of(table, mask_type="random")["fine_tuning_minus_baseline_p"] == ""
 
 
@@ -204,6 +207,43 @@ def test_scratch_can_be_the_baseline(tmp_path, campaign):
     _, table, _ = compare(tmp_path, campaign, "--baseline", "scratch")
     tats = row_of(table, mask_type="tats")
     assert float(tats["fine_tuning_minus_baseline_difference"]) == pytest.approx((60 - 25 + 61 - 31) / 2)
+
+
+def test_a_difference_is_decided_or_said_not_to_be(tmp_path):
+    """Normal quantiles and Student's t by hand: differences 20, 21, 22 in three seeds, 1000 videos; then 4 videos."""
+    for videos, verdict in ((1000, "ahead"), (4, "not decided")):
+        root = tmp_path / str(videos)
+        for seed in range(3):
+            for method, acc1 in (("tube", 40.0), ("random", 60.0 + seed)):
+                source = pretrain(root, f"{method}{seed}", "--mask_type", method, "--seed", str(seed))
+                finetune(root, f"{method}{seed}_ft", source, "--seed", str(seed), acc1=acc1, videos=videos)
+        _, table, _ = compare(tmp_path, root, "--baseline", "tube")
+        row = row_of(table, mask_type="random")
+        error = 195.9964 * math.sqrt((0.4 * 0.6 + 0.61 * 0.39) / videos)
+        assert float(row["fine_tuning_minus_baseline_test_error"]) == pytest.approx(error, rel=1e-3)
+        assert row["fine_tuning_minus_baseline_verdict"] == verdict
+        assert row_of(table, mask_type="tube")["fine_tuning_minus_baseline_verdict"] == ""
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 5, 20])
+def test_what_would_be_found_is_found_four_times_in_five(pairs):
+    """Simulated: differences of this mean and deviation 3, by scipy's paired t test."""
+    shift = seed_statistics.detectable(3.0, pairs)
+    draws = np.random.default_rng(pairs).normal(shift, 3.0, (pairs, 20_000))
+    found = (stats.ttest_1samp(draws, 0).pvalue < 0.05).mean()
+    assert found == pytest.approx(0.8, abs=0.012)
+
+
+def test_measures_and_the_learning_curve_have_columns(tmp_path):
+    for seed in range(2):
+        source = pretrain(tmp_path, f"tube{seed}", "--seed", str(seed))
+        measures = {"checkpoint": "checkpoint-2.pth", "mask_ratio": 0.85, "ridge": 20.0 + 2 * seed, "error_moving": 0.5}
+        (source / "measures.json").write_text(json.dumps(measures))
+        finetune(tmp_path, f"tube{seed}_ft", source, "--seed", str(seed), acc1=50.0 + seed)
+    text, table, _ = compare(tmp_path, tmp_path)
+    assert float(table[0]["ridge_mean"]) == 21 and float(table[0]["error_moving_mean"]) == 0.5
+    assert cell_of(text, "tube", "ridge").startswith("21.0 ± ") and "mask_ratio_mean" not in table[0]
+    assert float(table[0]["fine_tuning_mean_val_mean"]) == pytest.approx(np.mean([47, 48, 49, 48, 49, 50]))
 
 
 # ---------------------------------------------------------------------------------------------- what belongs together
@@ -457,7 +497,7 @@ def test_papers_figures_stand_beside_the_runs_they_are_about(tmp_path):
     assert row_of(table, mask_type="motion")["paper_top1"] == "" and len(table) == 10 and heading in text
     other = row_of(table, mask_type="adamae", mask_ratio="0.95")
     assert other["paper_top1"] == "80.83" and other["runs"] == "0" and other["loss_mean"] == ""
-    assert "| adamae | 0.95 | - | - | - | - | - | - | - | - | - | 80.83 | 95.26 |" in text
+    assert "| adamae | 0.95 | - | - | - | - | - | - | - | - | - | - | 80.83 | 95.26 |" in text
     assert [row["mask_type"] for row in table][:3] == ["tube"] * 3 and "UCF101" in text.split("|")[0]
 
 
