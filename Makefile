@@ -26,7 +26,7 @@ test: $(SETUP)
 
 # Kills, full disks and vanishing videos, again and again: some 15 minutes.
 test-slow: $(SETUP)
-	$(PYTHON) -m pytest -m slow tests/slow
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .

@@ -155,6 +155,7 @@ def launched(name, folder, output, processes, model=""):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
+@pytest.mark.slow  # DeepSpeed compiles its Adam
 def test_published_launcher_and_deepspeed(data, tmp_path):
     pytest.importorskip("deepspeed")
     launched("ssv2 base 2400 finetune", data, tmp_path, 1, data / "model" / "checkpoint-0.pth")

@@ -32,6 +32,9 @@ def losses(folder: Path) -> dict[int, float]:
     return {record["epoch"]: record["train_loss"] for record in read_log(folder)}
 
 
+tats_and_slowly_the_others = pytest.mark.parametrize(
+    "mask_type", ["tats", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tube", "adamae"))]
+)
 LEARNED = {
     "adamae": {"reward", "entropy", "sampling_loss"},
     "tats": {"reward", "value", "explained_variance", "policy_loss", "value_loss", "entropy", "approx_kl",
@@ -40,8 +43,9 @@ LEARNED = {
 
 
 @pytest.mark.parametrize("mask_type", SAMPLERS)
-def test_every_mask_type_trains_and_logs(mask_type, shapes, tmp_path):
-    output = run(shapes, "--mask_type", mask_type, "--epochs", 2, "--tats_start_epoch", 1, "--output_dir", tmp_path)
+def test_every_mask_type_trains_and_logs(mask_type, shapes, tmp_path, capsys):
+    run_here(shapes, "--mask_type", mask_type, "--epochs", 2, "--tats_start_epoch", 1, "--output_dir", tmp_path)
+    output = capsys.readouterr().out
     record = read_log(tmp_path)[-1]
     assert record["epoch"] == 1
     wanted = {"loss", "motion_lift", "data_time", "step_time"} | LEARNED.get(mask_type, set())
@@ -84,7 +88,7 @@ def test_two_passes_leave_the_recorded_policy(shapes, tmp_path):
     assert kl[1] == 0 and kl[2] > 0
 
 
-@pytest.mark.parametrize("mask_type", ["tube", "adamae", "tats"])
+@tats_and_slowly_the_others
 def test_resume_after_kill_gives_the_undisturbed_run(mask_type, shapes, tmp_path):
     flags = [
         "--mask_type",
@@ -123,7 +127,11 @@ def test_resume_after_kill_gives_the_undisturbed_run(mask_type, shapes, tmp_path
             assert torch.equal(value, states[1][key][name]), name
 
 
-def test_finished_run_does_nothing_and_truncated_newest_checkpoint_is_passed_over(shapes, tmp_path):
+def test_finished_run_does_nothing_and_truncated_newest_checkpoint_is_passed_over(shapes, tmp_path, capsys):
+    def run(*arguments):
+        run_here(*arguments)
+        return capsys.readouterr().out
+
     flags = ["--mask_type", "random", "--epochs", 2, "--save_ckpt_freq", 1, "--output_dir", tmp_path]
     run(shapes, *flags)
     assert "nothing to do" in run(shapes, *flags)
@@ -133,7 +141,7 @@ def test_finished_run_does_nothing_and_truncated_newest_checkpoint_is_passed_ove
     assert "checkpoint-1.pth: not a readable checkpoint" in output and "resumed after epoch 0" in output
 
 
-@pytest.mark.parametrize("mask_type", ["tube", "adamae", "tats"])
+@tats_and_slowly_the_others
 def test_two_processes_and_accumulation_follow_one_process(mask_type, shapes, tmp_path):
     """Masks and crops belong to the clip, not to the process, so the global batch is the same. AdaMAE's sampler has
     dropout, whose draws do depend on the process: its losses agree only loosely."""

@@ -415,18 +415,21 @@ def test_twenty_steps_follow_plain_training(flags, tiny):
         assert {name: stats[name] for name in expected} == pytest.approx(expected, rel=1e-5), i  # measured: 4e-7
 
 
+slowly = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 # parts that are compiled: autoencoder and error; TATS; its policy without gradient
 @pytest.mark.parametrize(
     "flags, parts",
     [
         ("--mask_type tube --loss l1 --decoder_depth 1", 2),
-        ("--mask_type random --use_checkpoint --no-normalize_target", 2),
-        ("--mask_type motion --decoder_mask_ratio 0.5", 2),
-        ("--mask_type frame --amp bf16", 2),
+        slowly("--mask_type random --use_checkpoint --no-normalize_target", 2),
+        slowly("--mask_type motion --decoder_mask_ratio 0.5", 2),
+        slowly("--mask_type frame --amp bf16", 2),
         ("--mask_type adamae --decoder_mask_ratio 0.5 --checkpoint_modules sampler", 2),
         ("--mask_type tats --tats_blocks 2 --amp bf16", 3),
-        ("--mask_type tats --tats_attention trajectory --use_checkpoint --decoder_mask_ratio 0.5", 3),
-        ("--mask_type tats --tats_attention mha --ppo_epochs 2 --amp bf16", 4),
+        slowly("--mask_type tats --tats_attention trajectory --use_checkpoint --decoder_mask_ratio 0.5", 3),
+        slowly("--mask_type tats --tats_attention mha --ppo_epochs 2 --amp bf16", 4),
     ],
 )
 def test_compiled_training_has_no_graph_break_and_the_same_losses(flags, parts, tiny, monkeypatch):

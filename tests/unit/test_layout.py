@@ -34,10 +34,11 @@ RULES = {
     r"datasets\.\w+": r"datasets\.\w+",
     r"runtime\.\w+": r"runtime\.\w+|datasets\.\w+|utils|optim_factory|masking_generator",
     r"engine_\w+": rf"engine_\w+|runtime\.\w+|datasets\.\w+|utils|{METHOD}",
-    # fixed_point draws masks and computes errors with a trained model; what compares runs reads their scripts' flags.
-    r"tools\.fixed_point": r"tools\.common|datasets\.\w+|engine_for_pretraining|masking_generator|run_mae_vis|utils",
+    # fixed_point and measure run trained models; what compares runs reads their scripts' flags.
+    r"tools\.(fixed_point|measure)": rf"tools\.\w+|datasets\.\w+|engine_for_pretraining|{METHOD}|run_mae_vis|"
+    r"runtime\.checkpoint|utils",
     r"tools\.(compare_runs|run_folders)": r"tools\.\w+|run_mae_pretraining|runtime\.resume|utils",
-    r"tools\.(?!fixed_point|compare_runs|run_folders)\w+": r"tools\.\w+|datasets\.\w+|utils",
+    r"tools\.(?!fixed_point|measure|compare_runs|run_folders)\w+": r"tools\.\w+|datasets\.\w+|utils",
     r"run_\w+": r".*",
 }
 

@@ -881,6 +881,7 @@ def scripts(shapes):
     }
 
 
+@pytest.mark.slow  # a run for each of hundreds of numbers
 @pytest.mark.parametrize("script", ["tats", "fine"])
 def test_odd_numbers_are_refused_or_trained_with(script, shapes, stop_at_training):
     """Every numeric flag, each value: refused by the flag's name, or an epoch of finite loss."""
