@@ -37,17 +37,13 @@ from runtime.checkpoint import (
     CheckpointError,
     check_moments,
     checkpoint_name,
-    encoder_weights,
-    load_encoder,
     load_run,
-    load_weights,
-    model_weights,
     open_checkpoint,
-    position_grid,
     restoring,
     save_checkpoint,
     saved_args,
 )
+from runtime.convert import encoder_weights, load_encoder, load_weights, model_weights, position_grid
 from runtime.epoch import RunState
 from runtime.flags import (
     SWITCH,

@@ -20,18 +20,15 @@ from modeling_tats import ATTENTIONS, ENTROPIES, OBJECTIVES, TATS
 from optim_factory import parameter_groups
 from runtime.backend import Backend
 from runtime.build import create_model, describe_schedule, make_backend, optimizer_steps, recipe_settings
-from runtime.checkpoint import (
-    CheckpointError,
+from runtime.checkpoint import CheckpointError, check_moments, restoring, saved_args
+from runtime.convert import (
     LoadReport,
-    check_moments,
     check_position_table,
     load_autoencoder,
     load_weights,
     model_weights,
     position_grid,
     resize_position_table,
-    restoring,
-    saved_args,
     split_samplers,
 )
 from runtime.epoch import RunState

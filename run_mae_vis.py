@@ -33,7 +33,8 @@ from run_mae_pretraining import (
     load_pretrained,
     load_sampler,
 )
-from runtime.checkpoint import CheckpointError, model_weights, open_checkpoint, saved_args, split_samplers
+from runtime.checkpoint import CheckpointError, open_checkpoint, saved_args
+from runtime.convert import model_weights, split_samplers
 from runtime.mask_pictures import darken
 from runtime.resume import saved_defaults
 from utils import UsageError, picture_text, tolerant_output

@@ -51,7 +51,7 @@ from optim_factory import parameter_groups
 from run_mae_pretraining import Run, check_flags, get_parser
 from runtime.backend import Backend
 from runtime.build import effective_batch, make_backend, recipe_settings
-from runtime.checkpoint import load_weights, model_weights
+from runtime.convert import load_weights, model_weights
 from runtime.flags import resolve_amp
 from runtime.launch import run_script
 from utils import UsageError, init_distributed

@@ -6,9 +6,7 @@ import math
 import torch
 
 from datasets.decoding import DECODERS
-from runtime.checkpoint import (
-    MODEL_KEYS,
-)
+from runtime.checkpoint import MODEL_KEYS
 from utils import UsageError
 
 SWITCH = argparse.BooleanOptionalAction

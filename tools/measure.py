@@ -24,6 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from datasets.lists import read_list
 from masking_generator import Mask, RandomMask, motion_energy
 from modeling_pretrain import reconstruction_target, token_error

@@ -11,15 +11,8 @@ import torch
 from torch import nn
 
 from runtime import checkpoint
-from runtime.checkpoint import (
-    CheckpointError,
-    checkpoint_files,
-    latest_checkpoint,
-    load_checkpoint,
-    load_weights,
-    model_weights,
-    save_checkpoint,
-)
+from runtime.checkpoint import CheckpointError, checkpoint_files, latest_checkpoint, load_checkpoint, save_checkpoint
+from runtime.convert import load_weights, model_weights
 from tests.helpers.runs import assert_names, naming
 
 torch.set_num_threads(1)

@@ -18,16 +18,8 @@ from masking_generator import Mask
 from modeling_finetune import Probe, get_sinusoid_encoding_table
 from optim_factory import layer_of, parameter_groups
 from runtime.backend import Backend
-from runtime.checkpoint import (
-    CheckpointError,
-    LoadReport,
-    encoder_weights,
-    load_checkpoint,
-    load_encoder,
-    position_grid,
-    resize_position_table,
-    save_checkpoint,
-)
+from runtime.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from runtime.convert import LoadReport, encoder_weights, load_encoder, position_grid, resize_position_table
 from tests.helpers import reference
 from tests.helpers.models import random_classifier, random_encoder, random_mae, randomize
 from tests.helpers.runs import naming

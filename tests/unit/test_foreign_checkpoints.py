@@ -35,17 +35,8 @@ from masking_generator import Mask
 from modeling_adamae import AdaMAESampler
 from modeling_finetune import get_sinusoid_encoding_table, is_sinusoid_encoding_table
 from runtime import foreign_files
-from runtime.checkpoint import (
-    CheckpointError,
-    encoder_weights,
-    load_autoencoder,
-    load_checkpoint,
-    load_encoder,
-    load_weights,
-    model_weights,
-    open_checkpoint,
-    saved_args,
-)
+from runtime.checkpoint import CheckpointError, load_checkpoint, open_checkpoint, saved_args
+from runtime.convert import encoder_weights, load_autoencoder, load_encoder, load_weights, model_weights
 from runtime.resume import find_resume
 from tests.helpers import reference
 from tests.helpers.models import random_classifier, random_encoder, random_mae, randomize

@@ -34,15 +34,8 @@ from datasets.lists import ListError, read_list
 from datasets.moving_shapes import render_clip, write_dataset, write_video
 from datasets.transforms import spatial_crops
 from datasets.video import EvalVideoDataset, TrainVideoDataset
-from runtime.checkpoint import (
-    CheckpointError,
-    check_moments,
-    encoder_weights,
-    latest_checkpoint,
-    load_checkpoint,
-    load_weights,
-    model_weights,
-)
+from runtime.checkpoint import CheckpointError, check_moments, latest_checkpoint, load_checkpoint
+from runtime.convert import encoder_weights, load_weights, model_weights
 from tests.helpers.runs import assert_names, naming
 from tools import check_videos, make_lists, make_subset, resize_videos
 from tools.common import in_processes

@@ -11,7 +11,7 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVide
 from masking_generator import Mask, gather_tokens
 from modeling_finetune import Attention, PatchEmbed, VisionTransformer, get_sinusoid_encoding_table
 from modeling_pretrain import PretrainVisionTransformer, patchify, reconstruction_target, token_error, unpatchify
-from runtime.checkpoint import load_weights, model_weights
+from runtime.convert import load_weights, model_weights
 from tests.helpers import reference
 from tests.helpers.models import FRAMES, GRID, NORM, PATCH, SIZE, make_input, make_mae, randomize
 from tests.helpers.runs import naming
