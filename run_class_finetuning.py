@@ -46,14 +46,22 @@ from runtime.checkpoint import (
 from runtime.convert import encoder_weights, load_encoder, load_weights, model_weights, position_grid
 from runtime.epoch import RunState
 from runtime.flags import (
+    AT_LEAST_1,
+    AT_MOST_1000,
+    NOT_NEGATIVE,
+    PROBABILITY,
+    RATE,
     SWITCH,
+    Range,
+    Ranges,
+    Refusals,
     add_data_flags,
     add_deepspeed_flags,
     add_model_flags,
     add_optimizer_flags,
     add_process_flags,
     add_run_flags,
-    check_ranges,
+    check_values,
     new_parser,
     resolve_amp,
 )
@@ -99,74 +107,133 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add_run_flags(parser)
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval", default=False, action=SWITCH,
-                       help="test only: --finetune or --resume, else the best checkpoint of --output_dir")  # fmt: skip
-    group.add_argument("--test_num_segment", default=5, type=int, help="temporal clips of a video in the test")
-    group.add_argument("--test_num_crop", default=3, type=int, help="spatial crops of each of them")
-    group.add_argument("--short_side_size", default=None, type=int,
-                       help="pixels to which evaluation resizes the short side; default: --input_size")  # fmt: skip
-    group.add_argument("--crop_pct", default=None, type=float,
-                       help="the same as a ratio: short side = input size / crop_pct")  # fmt: skip
-    group.add_argument("--allow_missing", default=False, action=SWITCH,
-                       help="count a video that cannot be read as wrong, rather than stop")  # fmt: skip
-    group.add_argument("--disable_eval_during_finetuning", default=False, action=SWITCH,
-                       help="no validation, hence no best checkpoint")  # fmt: skip
-    group.add_argument("--test_best", default=True, action=SWITCH,
-                       help="test the best epoch of the validation too, beside the last epoch")  # fmt: skip
-    group.add_argument("--dist_eval", default=argparse.SUPPRESS, action="store_true",
-                       help="taken for VideoMAE's commands, without effect: evaluation is always shared")  # fmt: skip
+    group.add_argument(
+        "--eval",
+        default=False,
+        action=SWITCH,
+        help="only test: --finetune or --resume, otherwise the best checkpoint of --output_dir",
+    )
+    group.add_argument("--test_num_segment", default=5, type=int, help="temporal clips per video in the test")
+    group.add_argument("--test_num_crop", default=3, type=int, help="spatial crops per temporal clip in the test")
+    group.add_argument(
+        "--short_side_size", default=None, type=int, help="short side in pixels for evaluation; default: --input_size"
+    )
+    group.add_argument(
+        "--crop_pct", default=None, type=float, help="the same as a ratio: short side = --input_size / crop_pct"
+    )
+    group.add_argument(
+        "--allow_missing", default=False, action=SWITCH, help="count an unreadable video as wrong instead of stopping"
+    )
+    group.add_argument(
+        "--disable_eval_during_finetuning", default=False, action=SWITCH, help="no validation, and no best checkpoint"
+    )
+    group.add_argument(
+        "--test_best", default=True, action=SWITCH, help="test the best epoch of the validation too, not only the last"
+    )
+    group.add_argument(
+        "--dist_eval",
+        default=argparse.SUPPRESS,
+        action="store_true",
+        help="accepted for VideoMAE's commands, no effect: evaluation is always distributed",
+    )
     group.add_argument("--save_ckpt", default=True, action=SWITCH, help="write checkpoints")
     group.add_argument("--no_save_ckpt", dest="save_ckpt", action="store_false", help=argparse.SUPPRESS)
 
     group = add_model_flags(parser)
-    group.add_argument("--linear_probe", default=False, action=SWITCH, help="frozen encoder, linear classifier")
-    group.add_argument("--attentive_probe", default=False, action=SWITCH, help="frozen encoder, attention pooling")
-    group.add_argument("--cache_features", default=True, action=SWITCH,
-                       help="a probe's encoder sees each clip once; --no-...: new clips in every epoch")  # fmt: skip
-    group.add_argument("--init_scale", default=0.001, type=float, help="of the classifier's first weights")
-    group.add_argument("--use_mean_pooling", default=True, action=SWITCH, help="of the tokens, then a norm")
-    group.add_argument("--use_cls", dest="use_mean_pooling", action="store_false", help="read the first token instead")
+    group.add_argument(
+        "--linear_probe", default=False, action=SWITCH, help="train a linear classifier on the frozen encoder"
+    )
+    group.add_argument(
+        "--attentive_probe",
+        default=False,
+        action=SWITCH,
+        help="train attention pooling and a classifier on the frozen encoder",
+    )
+    group.add_argument(
+        "--cache_features",
+        default=True,
+        action=SWITCH,
+        help="a probe computes features once; --no-cache_features: new clips in every epoch",
+    )
+    group.add_argument("--init_scale", default=0.001, type=float, help="scale of the initial weights of the classifier")
+    group.add_argument("--use_mean_pooling", default=True, action=SWITCH, help="mean of the tokens, then a norm")
+    group.add_argument(
+        "--use_cls", dest="use_mean_pooling", action="store_false", help="classify the first token instead of the mean"
+    )
     group.add_argument("--fc_drop_rate", default=0.0, type=float, help="dropout before the classifier")
     group.add_argument("--drop", default=0.0, type=float, help="dropout after positions, attention and MLP")
     group.add_argument("--attn_drop_rate", default=0.0, type=float, help="dropout of attention weights")
-    group.add_argument("--model_ema", default=False, action=SWITCH,
-                       help="evaluate a moving average of the weights")  # fmt: skip
-    group.add_argument("--model_ema_decay", default=0.9999, type=float, help="of the average, a step")
+    group.add_argument(
+        "--model_ema", default=False, action=SWITCH, help="evaluate an exponential moving average of the weights"
+    )
+    group.add_argument("--model_ema_decay", default=0.9999, type=float, help="decay of the average per step")
     group.add_argument("--model_ema_force_cpu", default=False, action=SWITCH, help="keep the average in host memory")
 
     group = add_optimizer_flags(parser)
-    group.add_argument("--layer_decay", default=0.75, type=float, help="learning rate of a layer over the next one's")
-    group.add_argument("--smoothing", default=0.1, type=float, help="of the labels")
+    group.add_argument(
+        "--layer_decay", default=0.75, type=float, help="learning rate of a layer, relative to the next layer"
+    )
+    group.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
 
-    group = add_data_flags(parser, "folder with train.csv and val.csv (a line a video: path label), or training list")
-    group.add_argument("--data_set", default="Kinetics-400", choices=list(DATA_SETS),
-                       help="decides classes, sampling and flips; custom: any lists, with --nb_classes")  # fmt: skip
-    group.add_argument("--nb_classes", default=None, type=int, help="default: the data set's")
+    group = add_data_flags(
+        parser, "folder with train.csv and val.csv (one line per video: path label), or a training list"
+    )
+    group.add_argument(
+        "--data_set",
+        default="Kinetics-400",
+        choices=list(DATA_SETS),
+        help="sets classes, sampling and flips; custom: any lists, with --nb_classes",
+    )
+    group.add_argument("--nb_classes", default=None, type=int, help="number of classes; default: the data set's")
     group.add_argument("--eval_data_path", default=None, help="validation list; default: val.csv in --data_path")
-    group.add_argument("--test_data_path", default=None,
-                       help="list of the test; default: the validation list, or test.csv in --data_path where there "
-                       "is one and no --eval_data_path")  # fmt: skip
-    group.add_argument("--num_segments", default=None, type=int,
-                       help="parts of a video that a clip's frames come from; default: the data set's "
-                       "(1: a dense clip; SSV2: --num_frames, one frame each)")  # fmt: skip
+    group.add_argument(
+        "--test_data_path",
+        default=None,
+        help="test list; default: test.csv in --data_path, if there is one and no --eval_data_path, "
+        "otherwise the validation list",
+    )
+    group.add_argument(
+        "--num_segments",
+        default=None,
+        type=int,
+        help="segments of a video that frames are sampled from; 1: a dense clip; default: the data "
+        "set's (SSV2: --num_frames)",
+    )
 
     group = parser.add_argument_group("augmentation")
-    group.add_argument("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, help="share of the frame in a crop")
-    group.add_argument("--flip", default=None, action=SWITCH,
-                       help="horizontally, half of the clips; default: the data set's (SSV2: no)")  # fmt: skip
-    group.add_argument("--aa", default="rand-m7-n4-mstd0.5-inc1",
-                       help="augmentation in timm's notation; none: colour jitter instead")  # fmt: skip
+    group.add_argument(
+        "--crop_scale",
+        default=[0.08, 1.0],
+        type=float,
+        nargs=2,
+        help="range of the crop's area, as a share of the frame",
+    )
+    group.add_argument(
+        "--flip",
+        default=None,
+        action=SWITCH,
+        help="flip half of the clips horizontally; default: the data set's (SSV2: no)",
+    )
+    group.add_argument(
+        "--aa", default="rand-m7-n4-mstd0.5-inc1", help="RandAugment in timm's notation; none: colour jitter instead"
+    )
     group.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
-    group.add_argument("--remode", default="pixel", choices=["pixel", "rand", "const"], help="filled with noise, a "
-                       "random colour, or the mean")  # fmt: skip
-    group.add_argument("--recount", default=1, type=int, help="most boxes erased in a clip")
-    group.add_argument("--resplit", default=False, action=SWITCH, help="no erasing in the first clip of a video")
+    group.add_argument(
+        "--remode",
+        default="pixel",
+        choices=["pixel", "rand", "const"],
+        help="random erasing fills with noise, a random colour, or the mean",
+    )
+    group.add_argument("--recount", default=1, type=int, help="largest number of erased boxes per clip")
+    group.add_argument("--resplit", default=False, action=SWITCH, help="no random erasing in the first clip of a video")
     group.add_argument("--mixup", default=0.8, type=float, help="alpha; 0: off")
     group.add_argument("--cutmix", default=1.0, type=float, help="alpha; 0: off")
-    group.add_argument("--cutmix_minmax", default=None, type=float, nargs=2, help="range of the box's sides as shares")
-    group.add_argument("--mixup_prob", default=1.0, type=float, help="of mixing a batch at all")
-    group.add_argument("--mixup_switch_prob", default=0.5, type=float, help="of CutMix where both are on")
-    group.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="one draw a ...")
+    group.add_argument(
+        "--cutmix_minmax", default=None, type=float, nargs=2, help="range of the sides of the CutMix box, as shares"
+    )
+    group.add_argument("--mixup_prob", default=1.0, type=float, help="probability that a batch is mixed")
+    group.add_argument("--mixup_switch_prob", default=0.5, type=float, help="probability of CutMix, if both are on")
+    group.add_argument("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="one draw per ...")
 
     add_deepspeed_flags(parser)
     add_process_flags(parser)
@@ -197,30 +264,113 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+RANGES: Ranges = [
+    (AT_LEAST_1, "test_num_segment test_num_crop recount"),
+    (AT_MOST_1000, "test_num_segment test_num_crop recount"),
+    (NOT_NEGATIVE, "init_scale"),
+    # between, the beta distribution's draws would not be numbers
+    (Range(lambda x: x == 0 or x >= 1e-6, "must be 0 or at least 1e-6"), "mixup cutmix"),
+    (RATE, "drop fc_drop_rate attn_drop_rate smoothing model_ema_decay"),
+    (PROBABILITY, "reprob mixup_prob mixup_switch_prob"),
+    (Range(lambda x: 0 < x <= 1, "must be greater than 0 and at most 1 (1: none)"), "layer_decay"),
+    (Range(lambda x: 0.01 <= x <= 1, "must be at least 0.01 and at most 1"), "crop_pct"),
+]
+NOT_OF_A_PROBE = {
+    "fc_drop_rate": 0,
+    "drop": 0,
+    "attn_drop_rate": 0,
+    "drop_path": 0,
+    "use_checkpoint": False,
+    "init_scale": 0.001,
+}
+REFUSALS: Refusals = [
+    (
+        "crop_scale",
+        lambda args: not are_shares(args.crop_scale),
+        "must be two shares, 0 < least <= most <= 1",
+    ),
+    (
+        "cutmix_minmax",
+        lambda args: (
+            args.cutmix_minmax is not None
+            and not (
+                are_shares(args.cutmix_minmax)
+                and int(args.cutmix_minmax[1] * args.input_size) > int(args.cutmix_minmax[0] * args.input_size)
+            )
+        ),
+        "must be two shares, 0 < least <= most <= 1, at least a pixel apart",
+    ),
+    (
+        "attentive_probe",
+        lambda args: args.linear_probe and args.attentive_probe,
+        "cannot be combined with --linear_probe: give one of them",
+    ),
+    (
+        "layer_decay",
+        lambda args: probe_kind(args) and args.layer_decay != 1,
+        "must be 1 for a probe, which trains no layers",
+    ),
+    (
+        "cache_features",
+        lambda args: probe_kind(args) and args.cache_features and mixing(args),
+        "a probe stores features, not clips: set --mixup 0 and --cutmix 0, or use --no-cache_features",
+    ),
+    *(
+        (
+            name,
+            lambda args, name=name, default=default: probe_kind(args) and getattr(args, name) != default,
+            "has no effect on a probe, whose encoder is frozen and whose head is its own: remove the flag",
+        )
+        for name, default in NOT_OF_A_PROBE.items()
+    ),
+    (
+        "batch_size",
+        lambda args: args.linear_probe and clips_per_batch(args) < 2,
+        "a linear probe standardises its features over the batch, which needs at least 2 clips",
+    ),
+    (
+        "use_cls",
+        lambda args: probe_kind(args) and not args.use_mean_pooling,
+        "a linear probe averages the tokens, an attentive probe attends to them: remove the flag",
+    ),
+    (
+        "cache_features",
+        lambda args: not probe_kind(args) and not args.cache_features,
+        "only a probe stores features: remove --no-cache_features",
+    ),
+    (
+        "resplit",
+        lambda args: args.resplit and args.num_sample == 1 and not args.eval,
+        "erases in all but the first clip of a video, and --num_sample {num_sample} has no other",
+    ),
+    (
+        "batch_size",
+        lambda args: mixing(args) and clips_per_batch(args) % 2 and not args.eval,
+        "times --num_sample {num_sample} must be even, because --mixup and --cutmix pair clips",
+    ),
+    (
+        "zero_stage",
+        lambda args: args.enable_deepspeed and args.zero_stage == 3 and probe_kind(args),
+        "cannot train a probe, whose encoder runs on each rank alone: use 2 or less",
+    ),
+    (
+        "zero_stage",
+        lambda args: args.enable_deepspeed and args.zero_stage == 3 and args.model_ema,
+        "cannot be combined with --model_ema, which would gather all weights at every step: use 2 or less",
+    ),
+]
+
+
+def are_shares(pair: list[float]) -> bool:
+    least, most = pair
+    return 0 < least <= most <= 1
+
+
 def check_flags(args) -> None:
-    """Fills in the data set's defaults. Raises UsageError for values that make no sense alone or together."""
+    """Raises UsageError for values that make no sense alone or together; fills in the data set's defaults."""
     if args.eval:
         args.num_sample = 1  # a test takes no training clips
-    check_ranges(
-        args,
-        at_least_1="test_num_segment test_num_crop recount",
-        not_negative="init_scale mixup cutmix",
-        at_most_1000="test_num_segment test_num_crop recount",
-        rates="drop fc_drop_rate attn_drop_rate smoothing model_ema_decay",
-    )
-    if not 0 < args.layer_decay <= 1:
-        raise UsageError(f"--layer_decay {args.layer_decay}: must be greater than 0 and at most 1 (1: none)")
-    for name in ("mixup", "cutmix"):
-        if 0 < getattr(args, name) < 1e-6:  # the beta distribution's draws would not be numbers
-            raise UsageError(f"--{name} {getattr(args, name)}: must be 0 or at least 1e-6")
-    for name in ("reprob", "mixup_prob", "mixup_switch_prob"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UsageError(f"--{name} {getattr(args, name)}: a probability, from 0 to 1")
-    for name, pixels in (("crop_scale", 0), ("cutmix_minmax", 1)):
-        least, most = getattr(args, name) or (0.1, 1.0)
-        if not 0 < least <= most <= 1 or int(most * args.input_size) - int(least * args.input_size) < pixels:
-            raise UsageError(f"--{name} {least} {most}: two shares, 0 < least <= most <= 1, a pixel apart for CutMix")
-
+    check_values(args, RANGES, REFUSALS)
     data_set = DATA_SETS[args.data_set]
     if args.nb_classes is None:
         args.nb_classes = data_set.num_classes
@@ -239,8 +389,6 @@ def check_flags(args) -> None:
         args.num_segments = args.num_frames if data_set.segments else 1
     if args.num_segments < 1 or args.num_frames % args.num_segments:
         raise UsageError(f"--num_segments {args.num_segments}: must divide --num_frames {args.num_frames}")
-    if args.crop_pct is not None and not 0.01 <= args.crop_pct <= 1:
-        raise UsageError(f"--crop_pct {args.crop_pct}: must be at least 0.01 and at most 1")
     if args.short_side_size is None:
         args.short_side_size = math.ceil(args.input_size / (args.crop_pct or 1))
     elif args.crop_pct is not None:
@@ -251,41 +399,6 @@ def check_flags(args) -> None:
         )
     if args.short_side_size > 100 * args.input_size:
         raise UsageError(f"--short_side_size {args.short_side_size}: at most 100 times --input_size {args.input_size}")
-
-    if args.linear_probe and args.attentive_probe:
-        raise UsageError("--linear_probe and --attentive_probe: give one of them")
-    if probe_kind(args):
-        if args.layer_decay != 1:
-            raise UsageError(f"--layer_decay {args.layer_decay}: a probe trains no layers to decay over, use 1")
-        if args.cache_features and mixing(args):
-            raise UsageError(
-                "--mixup, --cutmix: a probe stores features, not clips: set them to 0, or --no-cache_features"
-            )
-        frozen = {"fc_drop_rate": 0, "drop": 0, "attn_drop_rate": 0, "drop_path": 0, "use_checkpoint": False,
-                  "init_scale": 0.001}  # fmt: skip
-        for name, value in frozen.items():
-            if getattr(args, name) != value:
-                raise UsageError(f"--{name}: a probe has no use for it, its encoder is frozen and its head its own")
-        if args.linear_probe and clips_per_batch(args) < 2:
-            raise UsageError("--batch_size 1: a linear probe standardises its features over the batch, at least 2")
-        if not args.use_mean_pooling:
-            raise UsageError("--use_cls: a linear probe averages the tokens, an attentive one attends to them")
-    elif not args.cache_features:
-        raise UsageError("--no-cache_features: only probes store features")
-    if args.resplit and args.num_sample == 1 and not args.eval:
-        raise UsageError("--resplit erases in all but the first clip of a video: --num_sample 1 has no other")
-    if mixing(args) and clips_per_batch(args) % 2 and not args.eval:
-        raise UsageError(
-            f"--batch_size {args.batch_size} x --num_sample {args.num_sample}: --mixup and --cutmix pair clips, their "
-            "number must be even"
-        )
-    if args.enable_deepspeed and args.zero_stage == 3:
-        if probe_kind(args):
-            raise UsageError("--zero_stage 3: a probe's encoder reads clips process by process, use 2 or less")
-        if args.model_ema:
-            raise UsageError("--zero_stage 3: --model_ema would gather all weights at every step, use 2 or less")
-    if args.finetune and args.resume:
-        raise UsageError("--finetune starts a run from weights, --resume goes on with one: give one of them")
 
 
 def probe_kind(args) -> str:

@@ -33,14 +33,23 @@ from runtime.convert import (
 )
 from runtime.epoch import RunState
 from runtime.flags import (
+    AT_LEAST_1,
+    AT_MOST_1000,
+    NOT_NEGATIVE,
+    NOT_ZERO_IN_FLOAT32,
+    POSITIVE,
+    RATE,
     SWITCH,
+    Range,
+    Ranges,
+    Refusals,
     add_data_flags,
     add_deepspeed_flags,
     add_model_flags,
     add_optimizer_flags,
     add_process_flags,
     add_run_flags,
-    check_ranges,
+    check_values,
     new_parser,
     resolve_amp,
 )
@@ -92,74 +101,126 @@ def get_parser() -> argparse.ArgumentParser:
     add_run_flags(parser)
 
     group = add_model_flags(parser)
-    group.add_argument("--decoder_depth", default=4, type=int, help="decoder blocks")
-    group.add_argument("--checkpoint_modules", default=[], nargs="+", choices=CHECKPOINTED, metavar="MODULE",
-                       help=f"--use_checkpoint for some of {', '.join(CHECKPOINTED)}")  # fmt: skip
-    group.add_argument("--compile", default=False, action=SWITCH, help="torch.compile: faster steps after minutes")
+    group.add_argument("--decoder_depth", default=4, type=int, help="blocks of the decoder")
+    group.add_argument(
+        "--checkpoint_modules",
+        default=[],
+        nargs="+",
+        choices=CHECKPOINTED,
+        metavar="MODULE",
+        help=f"parts with activation checkpointing: some of {', '.join(CHECKPOINTED)}",
+    )
+    group.add_argument(
+        "--compile", default=False, action=SWITCH, help="torch.compile: faster steps, after minutes of compiling"
+    )
 
     group = parser.add_argument_group("masks and target")
-    group.add_argument("--mask_type", default="tube", choices=list(SAMPLERS),
-                       type=lambda name: "adamae" if name == "learnable" else name,
-                       help="learnable, AdaMAE's own name, means adamae")  # fmt: skip
-    group.add_argument("--mask_ratio", default=0.75, type=float, help="share of the tokens hidden from the encoder")
+    group.add_argument(
+        "--mask_type",
+        default="tube",
+        choices=list(SAMPLERS),
+        type=lambda name: "adamae" if name == "learnable" else name,
+        help="how masks are chosen; AdaMAE's name learnable means adamae",
+    )
+    group.add_argument("--mask_ratio", default=0.75, type=float, help="share of tokens that the encoder does not see")
     group.add_argument(
         "--decoder_mask_ratio",
         default=0.0,
         type=float,
-        help="share of the masked tokens the decoder is spared: VideoMAE V2's dual masking with a running cell",
+        help="share of masked tokens that the decoder does not predict (VideoMAE V2's dual masking, running cell)",
     )
-    group.add_argument("--loss", default="mse", choices=["mse", "l1"], help="of prediction and target")
+    group.add_argument("--loss", default="mse", choices=["mse", "l1"], help="reconstruction loss")
     group.add_argument(
-        "--normalize_target", default=True, action=SWITCH, help="each colour of each token to mean 0, deviation 1"
+        "--normalize_target",
+        default=True,
+        action=SWITCH,
+        help="normalise the target per token and colour to mean 0, deviation 1",
     )
     group.add_argument("--normlize_target", dest="normalize_target", type=parse_bool, help=argparse.SUPPRESS)
-    group.add_argument("--finetune_sampler", default=True, action=SWITCH,
-                       help="take --finetune's sampler over too, where --mask_type has one")  # fmt: skip
-    group.add_argument("--picture_freq", default=0, type=int,
-                       help="epochs between pictures of masks in --log_dir's tensorboard files; 0: none")  # fmt: skip
-    group.add_argument("--adamae_coef", default=1e-4, type=float, help="weight of AdaMAE's sampling loss")
+    group.add_argument(
+        "--finetune_sampler",
+        default=True,
+        action=SWITCH,
+        help="load the sampler of --finetune too, if --mask_type has one",
+    )
+    group.add_argument(
+        "--picture_freq", default=0, type=int, help="epochs between pictures of masks in tensorboard; 0: none"
+    )
+    group.add_argument("--adamae_coef", default=1e-4, type=float, help="weight of the sampling loss of AdaMAE")
 
     group = parser.add_argument_group("TATS and PPO")
     group.add_argument(
-        "--tats_attention", default="orthoformer", choices=list(ATTENTIONS), help="trajectory is exact, mha plain"
+        "--tats_attention",
+        default="orthoformer",
+        choices=list(ATTENTIONS),
+        help="attention of TATS: Orthoformer (approximate), exact trajectory attention, or plain",
     )
     group.add_argument("--tats_blocks", default=1, type=int, help="transformer blocks of TATS")
-    group.add_argument("--num_landmarks", default=128, type=int, help="Orthoformer landmarks a head")
-    group.add_argument("--landmark_gradient", default=False, action=SWITCH,
-                       help="train W_q through the landmarks too; Motionformer's code does not")  # fmt: skip
-    group.add_argument("--softmax_temp", default=1.0, type=float, help="temperature of TATS's token probabilities")
-    group.add_argument("--tats_logit_cap", default=0.0, type=float,
-                       help="C > 0 bounds TATS's logits to +-C, lest it collapse; 0: none, as the paper")  # fmt: skip
-    group.add_argument("--tats_objective", default="ppo", choices=list(OBJECTIVES),
-                       help="ppo: the paper's; listwise: cross-entropy to softmax(error / --tats_tau) over the masked "
-                       "tokens, without critic, which cannot collapse (docs/SAMPLER.md)")  # fmt: skip
-    group.add_argument("--tats_tau", default=0.1, type=float,
-                       help="of listwise, in units of error; below 0: hide what is hard to predict")  # fmt: skip
-    group.add_argument("--tats_lr", default=1.5e-6, type=float, help="constant, not scaled by the batch size")
+    group.add_argument("--num_landmarks", default=128, type=int, help="Orthoformer landmarks per head")
+    group.add_argument(
+        "--landmark_gradient",
+        default=False,
+        action=SWITCH,
+        help="gradient of W_q through the landmarks too; Motionformer has none",
+    )
+    group.add_argument("--softmax_temp", default=1.0, type=float, help="temperature of the token probabilities")
+    group.add_argument(
+        "--tats_logit_cap",
+        default=0.0,
+        type=float,
+        help="C > 0 bounds the logits to +-C, against collapse; 0: no bound, as in the paper",
+    )
+    group.add_argument(
+        "--tats_objective",
+        default="ppo",
+        choices=list(OBJECTIVES),
+        help="what TATS learns from: ppo (the paper), or listwise, which cannot collapse (docs/SAMPLER.md)",
+    )
+    group.add_argument(
+        "--tats_tau",
+        default=0.1,
+        type=float,
+        help="temperature of listwise in units of error; below 0: hide hard tokens",
+    )
+    group.add_argument(
+        "--tats_lr", default=1.5e-6, type=float, help="learning rate of TATS: constant, not scaled by the batch size"
+    )
     group.add_argument(
         "--tats_eps",
         default=1e-12,
         type=float,
-        help="AdamW's eps for TATS: 1e-8 times the coefficients' 1e-4, lest eps outweigh gradients of that size",
+        help="epsilon of AdamW for TATS: gradients are about 1e-4 of usual ones",
     )
-    group.add_argument("--tats_start_epoch", default=10, type=int, help="e: epochs of random masks before TATS")
-    group.add_argument("--tats_rollout_steps", default=1, type=int, help="k: steps of the autoencoder a phase 1")
-    group.add_argument("--ppo_epochs", default=1, type=int, help="passes over the recorded episodes a phase 2")
-    group.add_argument("--ppo_clip", default=0.2, type=float, help="of the probability ratio")
-    group.add_argument("--policy_coef", default=1e-4, type=float, help="c_p")
-    group.add_argument("--value_coef", default=1e-4, type=float, help="c_v")
-    group.add_argument("--entropy_coef", default=1e-4, type=float, help="c_e")
-    group.add_argument("--entropy", default="bonus", choices=list(ENTROPIES),
-                       help="what --entropy_coef weighs: the entropy of p, or -KL(uniform || p)")  # fmt: skip
-    group.add_argument("--normalize_advantage", default=False, action=SWITCH,
-                       help="to mean 0, deviation 1 over an optimizer step: all ranks, all micro-batches (with "
-                       "--accum_iter above 1 this costs one more forward pass of TATS)")  # fmt: skip
+    group.add_argument(
+        "--tats_start_epoch", default=10, type=int, help="epochs of random masks before TATS starts (the paper's e)"
+    )
+    group.add_argument(
+        "--tats_rollout_steps", default=1, type=int, help="autoencoder steps per phase 1 (the paper's k)"
+    )
+    group.add_argument("--ppo_epochs", default=1, type=int, help="passes over the recorded episodes per phase 2")
+    group.add_argument("--ppo_clip", default=0.2, type=float, help="clip range of the probability ratio")
+    group.add_argument("--policy_coef", default=1e-4, type=float, help="weight of the clipped objective (c_p)")
+    group.add_argument("--value_coef", default=1e-4, type=float, help="weight of the value loss (c_v)")
+    group.add_argument("--entropy_coef", default=1e-4, type=float, help="weight of the entropy bonus (c_e)")
+    group.add_argument(
+        "--entropy",
+        default="bonus",
+        choices=list(ENTROPIES),
+        help="what --entropy_coef weighs: the entropy of p, or -KL(uniform || p)",
+    )
+    group.add_argument(
+        "--normalize_advantage",
+        default=False,
+        action=SWITCH,
+        help="advantages to mean 0, deviation 1 over an optimizer step; with --accum_iter above 1 it "
+        "costs one more forward pass of TATS",
+    )
 
     add_optimizer_flags(parser)
 
-    group = add_data_flags(parser, "list file, a line a video: path label")
+    group = add_data_flags(parser, "list file with one line per video: path label")
     group.add_argument(
-        "--crop", default="multiscale", choices=["multiscale", "random_resized"], help="random crop of a clip"
+        "--crop", default="multiscale", choices=["multiscale", "random_resized"], help="kind of random crop"
     )
 
     add_deepspeed_flags(parser)
@@ -172,35 +233,46 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+RANGES: Ranges = [
+    (AT_LEAST_1, "decoder_depth tats_blocks num_landmarks tats_rollout_steps ppo_epochs"),
+    (AT_MOST_1000, "decoder_depth tats_blocks ppo_epochs"),
+    (POSITIVE, "tats_lr ppo_clip"),
+    (Range(lambda x: x >= 1e-6, "must be at least 1e-6"), "softmax_temp"),  # float32 logits over it would overflow
+    (Range(lambda x: abs(x) >= 1e-6, "must be at least 1e-6 away from 0"), "tats_tau"),
+    (NOT_NEGATIVE, "picture_freq tats_logit_cap tats_start_epoch policy_coef value_coef entropy_coef adamae_coef"),
+    (Range(lambda x: 0 < x < 1, "must be between 0 and 1, both excluded"), "mask_ratio"),
+    (RATE, "decoder_mask_ratio"),
+    (NOT_ZERO_IN_FLOAT32, "tats_eps"),
+]
+REFUSALS: Refusals = [
+    (
+        "normalize_advantage",
+        lambda args: args.normalize_advantage and args.tats_objective == "listwise",
+        "--tats_objective listwise has no advantages, remove the flag",
+    ),
+    (
+        "checkpoint_modules",
+        lambda args: "sampler" in args.checkpoint_modules and not SAMPLERS[args.mask_type].learned,
+        "only learned masks (--mask_type adamae or tats) have a sampler to recompute",
+    ),
+    ("zero_stage", lambda args: args.compile and zero_3(args), "cannot be combined with --compile: use 2"),
+    ("picture_freq", lambda args: args.picture_freq and not args.log_dir, "needs --log_dir for the pictures"),
+    (
+        "zero_stage",
+        lambda args: args.picture_freq and zero_3(args),
+        "cannot be combined with --picture_freq: use 2, or draw checkpoints with run_mae_vis.py",
+    ),
+]
+
+
+def zero_3(args) -> bool:
+    """Whether weights are sharded."""
+    return args.enable_deepspeed and args.zero_stage == 3
+
+
 def check_flags(args) -> None:
     """Raises UsageError for values that make no sense alone or together."""
-    check_ranges(
-        args,
-        at_least_1="decoder_depth tats_blocks num_landmarks tats_rollout_steps ppo_epochs",
-        positive="tats_lr softmax_temp ppo_clip",
-        not_negative="picture_freq tats_logit_cap tats_start_epoch policy_coef value_coef entropy_coef adamae_coef",
-        at_most_1000="decoder_depth tats_blocks ppo_epochs",
-    )
-    if args.softmax_temp < 1e-6:  # float32 logits over it would overflow
-        raise UsageError(f"--softmax_temp {args.softmax_temp}: must be at least 1e-6")
-    if not 1e-6 <= abs(args.tats_tau) < float("inf"):  # also true of nan
-        raise UsageError(f"--tats_tau {args.tats_tau}: must be at least 1e-6 away from 0")
-    if args.tats_objective == "listwise" and args.normalize_advantage:
-        raise UsageError("--normalize_advantage: --tats_objective listwise has no advantages, leave it out")
-    if not 0 < args.mask_ratio < 1:  # also true of nan
-        raise UsageError(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1, both excluded")
-    if not 0 <= args.decoder_mask_ratio < 1:
-        raise UsageError(f"--decoder_mask_ratio {args.decoder_mask_ratio}: must be at least 0 and less than 1")
-    if "sampler" in args.checkpoint_modules and not SAMPLERS[args.mask_type].learned:
-        raise UsageError(f"--checkpoint_modules sampler: --mask_type {args.mask_type} has nothing to recompute")
-    if args.compile and args.enable_deepspeed and args.zero_stage == 3:
-        raise UsageError("--compile does not go with --zero_stage 3, whose weights come and go: use 2, or leave it out")
-    if args.picture_freq and not args.log_dir:
-        raise UsageError(f"--picture_freq {args.picture_freq}: the pictures need --log_dir")
-    if args.picture_freq and args.enable_deepspeed and args.zero_stage == 3:
-        raise UsageError("--picture_freq does not go with --zero_stage 3: use 2, or draw checkpoints by run_mae_vis.py")
-    if args.finetune and args.resume:
-        raise UsageError("--finetune starts a run from weights, --resume goes on with one: give one of them")
+    check_values(args, RANGES, REFUSALS)
 
 
 def build_mae(args) -> torch.nn.Module:
