@@ -13,6 +13,7 @@ import torch
 
 import run_class_finetuning
 from datasets.moving_shapes import write_dataset
+from tests.helpers.runs import assert_names
 
 ROOT = Path(__file__).resolve().parents[2]
 MASKS = ("tube", "adamae", "tats")
@@ -284,7 +285,8 @@ def test_a_checkpoint_of_zero_3_is_fine_tuned_in_one_process(runs, tmp_path, cap
         "1", "--num_workers", "0", "--device", "cpu", "--output_dir", str(tmp_path), "--test_num_segment", "1",
         "--test_num_crop", "1", "--warmup_epochs", "0",
     ])  # fmt: skip
-    assert "tensors taken over" in capsys.readouterr().out and (tmp_path / "test.json").exists()
+    assert_names(capsys.readouterr().out, checkpoint, "fc_norm.* (2)")
+    assert (tmp_path / "test.json").exists()
 
 
 def test_the_configuration_is_in_the_output_folder(runs):

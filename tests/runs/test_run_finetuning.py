@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import torch
 
 import run_mae_pretraining
 from run_class_finetuning import PROBE_DEFAULTS, check_flags, get_parser, main, parse_args
-from tests.helpers.runs import finetuning_flags, flags_read, free_port, read_log
+from tests.helpers.runs import assert_names, finetuning_flags, flags_read, free_port, naming, read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,9 +74,10 @@ def finetuned(labelled, pretrained, tmp_path_factory) -> tuple[Path, str]:
 
 def test_everything_on(labelled, finetuned):
     folder, output = finetuned
-    assert "54 tensors taken over; 4 start fresh: fc_norm.* (2), head.* (2)" in output
-    assert "left over: mask_token, decoder.* (17), encoder_to_decoder.weight, norm.* (2)" in output
-    assert "horizontal flip off" in output and "clips/s" in output
+    assert re.search(r"\b54 .*fresh.*fc_norm\.\* \(2\), head\.\* \(2\)", output)
+    assert re.search(r"left.*mask_token, decoder\.\* \(17\), encoder_to_decoder\.weight, norm\.\* \(2\)", output)
+    assert_names(output, "flip", "off")
+    assert "clips/s" in output
     log = read_log(folder)
     assert [record["epoch"] for record in log] == [0, 1, 2]
     wanted = {"train_loss", "train_grad_norm", "train_skipped_steps", "val_acc1", "val_acc5", "val_loss"}
@@ -86,7 +88,7 @@ def test_everything_on(labelled, finetuned):
     result = json.loads((folder / "test.json").read_text())
     assert result["videos"] == 11 and result["unreadable"] == 0 and result["checkpoint"].endswith("checkpoint-2.pth")
     assert result["best_epoch"] == best["best"]["epoch"] and result["best_chosen_on_test_videos"] is True
-    assert "chosen on the videos of the test" in output
+    assert_names(output, "best epoch", "chosen")
     assert (result["temporal_clips"], result["spatial_crops"]) == (2, 3)
     rows = list(csv.DictReader(open(folder / "predictions.csv")))
     assert len(rows) == 11 and result["acc1"] == pytest.approx(100 * np.mean([int(row["correct"]) for row in rows]))
@@ -112,7 +114,7 @@ def test_eval_alone_repeats_the_test(labelled, finetuned, tmp_path):
     main([*named, "--output_dir", str(tmp_path / "raw"), "--no-model_ema"])
     assert not np.allclose(scores(tmp_path / "raw"), reference, atol=1e-6)  # the average is another model
     torch.save({"model": weights(folder / "checkpoint-2.pth")}, tmp_path / "bare.pth")
-    with pytest.raises(SystemExit, match="bare.pth: has no moving average"):
+    with pytest.raises(SystemExit, match=naming("bare.pth", "--model_ema")):
         run_here(labelled, "--eval", "--model_ema", "--finetune", tmp_path / "bare.pth")
     run_here(labelled, "--eval", "--finetune", tmp_path / "bare.pth", "--output_dir", tmp_path / "bare")
     assert np.array_equal(scores(tmp_path / "bare"), scores(tmp_path / "raw"))
@@ -138,12 +140,13 @@ def test_processes_and_workers_change_nothing(labelled, finetuned, tmp_path):
 def test_finished_run_does_nothing_and_an_interrupted_test_is_done_again(labelled, finetuned):
     folder, _ = finetuned
     flags = ["--epochs", 3, "--model_ema", "--model_ema_decay", 0.5, "--output_dir", folder]
-    assert "nothing to do" in run(labelled, *flags)
+    assert_names(run(labelled, *flags), "nothing", folder / "test.json")
     reference = scores(folder)
     (folder / "test.json").unlink()
     (folder / "scores.npz").unlink()
     output = run(labelled, *flags)
-    assert "resumed after epoch 2" in output and "top-1" in output
+    assert_names(output, "resumed", folder / "checkpoint-2.pth")
+    assert "top-1" in output
     assert np.allclose(scores(folder), reference, atol=1e-6)  # another test may have left those of other batches
 
 
@@ -166,7 +169,7 @@ def test_resume_after_kill_gives_the_undisturbed_run(labelled, tmp_path):
     process.wait()
     process.stdout.close()
     assert {path.name for path in killed.glob("checkpoint-?.pth")} == {"checkpoint-0.pth", "checkpoint-1.pth"}
-    assert "resumed after epoch 1" in run(labelled, *flags, "--output_dir", killed)
+    assert_names(run(labelled, *flags, "--output_dir", killed), "resumed", killed / "checkpoint-1.pth")
 
     def without_times(folder):
         return [
@@ -225,7 +228,8 @@ def test_processes_that_see_different_files_stop(labelled, tmp_path):
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
          str(launcher), *flags], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert result.returncode != 0 and "--output_dir must be on a shared disk" in result.stderr
+    assert result.returncode != 0
+    assert_names(result.stderr, "--output_dir", "shared")
 
 
 def test_between_two_kept_checkpoints_one_is_rolling(labelled, tmp_path):
@@ -238,9 +242,9 @@ def test_a_folder_goes_on_with_the_run_it_holds(labelled, pretrained, finetuned,
     folder, _ = finetuned
     torch.save(torch.load(pretrained, weights_only=True), tmp_path / "other.pth")
     for finetune in (tmp_path / "other.pth", "no/such.pth"):
-        with pytest.raises(SystemExit, match="holds a run that started from .*checkpoint-0.pth, not from --finetune"):
+        with pytest.raises(SystemExit, match=naming(folder, pretrained, f"--finetune {finetune}")):
             run_here(labelled, "--finetune", finetune, "--model_ema", "--epochs", 3, "--output_dir", folder)
-    with pytest.raises(SystemExit, match="--opt sgd: .* was written with adamw"):
+    with pytest.raises(SystemExit, match=naming("--opt sgd", folder, "adamw")):
         run_here(labelled, "--opt", "sgd", "--model_ema", "--epochs", 4, "--output_dir", folder)
 
 
@@ -264,7 +268,8 @@ def test_damage_does_not_stop_a_resume(labelled, tmp_path, capsys):
     finally:
         os.environ["PATH"] = path
     output = capsys.readouterr().out
-    assert "checkpoint-best.pth: not a readable checkpoint" in output and "resumed after epoch 1" in output
+    assert_names(output, "checkpoint-best.pth", "damaged")
+    assert_names(output, "resumed", "checkpoint-1.pth")
     assert [record.get("epoch") for record in read_log(tmp_path)] == [None, 0, 1, 2]
     assert json.loads((tmp_path / "args.json").read_text())["git"] is None
 
@@ -306,7 +311,8 @@ def test_probe_of_two_processes_and_resume(labelled, pretrained, tmp_path):
     run(labelled, *flags, "--output_dir", tmp_path / "whole", processes=2)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     (tmp_path / "resumed" / "checkpoint-2.pth").unlink()
-    assert "resumed after epoch 1" in run(labelled, *flags, "--output_dir", tmp_path / "resumed", processes=2)
+    output = run(labelled, *flags, "--output_dir", tmp_path / "resumed", processes=2)
+    assert_names(output, "resumed", tmp_path / "resumed" / "checkpoint-1.pth")
     whole, resumed = (read_log(tmp_path / name) for name in ("whole", "resumed"))
     for name in ("train_loss", "train_acc1", "val_acc1", "val_loss"):
         assert [record[name] for record in resumed] == [record[name] for record in whole]
@@ -361,7 +367,7 @@ def test_foreign_checkpoints(labelled, pretrained, tmp_path, capsys):
         run_here(labelled, "--finetune", path, "--epochs", 1, "--output_dir", tmp_path / name)
         results.append(scores(tmp_path / name))
         output = capsys.readouterr().out
-        assert "54 tensors taken over" in output
+        assert_names(output, 54, "fc_norm.* (2)")
         assert ("pos_embed_probs" in output) == (name == "adamae")
     assert all(np.array_equal(result, results[0]) for result in results)
 
@@ -373,7 +379,7 @@ def test_other_frames_and_size_and_a_learned_position_table(labelled, pretrained
     torch.save({"model": state | {"encoder.pos_embed": table}, "args": {"num_frames": 4}}, tmp_path / "learned.pth")
     run_here(labelled, "--finetune", tmp_path / "learned.pth", "--num_frames", 8, "--input_size", 40, "--epochs", 1,
              "--lr", 1e-9, "--output_dir", tmp_path / "out")  # fmt: skip
-    assert "55 tensors taken over" in capsys.readouterr().out
+    assert_names(capsys.readouterr().out, 55, "fc_norm.* (2)")
     kept = weights(tmp_path / "out" / "checkpoint-0.pth")["pos_embed"]
     expected = torch.nn.functional.interpolate(
         table.transpose(1, 2).reshape(1, 96, 2, 4, 4), size=(4, 5, 5), mode="trilinear"
@@ -389,11 +395,11 @@ def test_other_frames_and_size_and_a_learned_position_table(labelled, pretrained
 
 def bad_inputs():
     """(name, flags, parts the one-line error must have); LIST has a label 10, HEADLESS is a pre-training checkpoint."""
-    yield "no folder", ["--data_path", "no/such"], ["no/such", "no such list"]
+    yield "no folder", ["--data_path", "no/such"], ["no/such"]
     yield (
         "label beyond the classes",
         ["--data_path", "LIST", "--eval_data_path", "LIST"],
-        ["line 2", "label 10", "--nb"],
+        ["line 2", "label 10", "--nb_classes"],
     )
     yield (
         "list without validation",
@@ -418,7 +424,7 @@ def bad_inputs():
     yield "resplit of one clip", ["--resplit", "--num_sample", "1"], ["--resplit", "--num_sample 1"]
     yield "decay that cannot change", ["--weight_decay", "0", "--weight_decay_end", "1"], ["--weight_decay_end"]
     yield "no such epoch", ["--start_epoch", "7"], ["--start_epoch 7"]
-    yield "odd batch", ["--batch_size", "3", "--num_sample", "1"], ["--batch_size 3", "even"]
+    yield "odd batch", ["--batch_size", "3", "--num_sample", "1"], ["--batch_size 3", "--num_sample 1"]
     yield "layer decay", ["--layer_decay", "0"], ["--layer_decay 0"]
     yield "smoothing", ["--smoothing", "1"], ["--smoothing 1"]
     yield "probability", ["--reprob", "1.5"], ["--reprob 1.5"]
@@ -426,14 +432,14 @@ def bad_inputs():
     yield "views", ["--test_num_segment", "0"], ["--test_num_segment 0"]
     yield "model", ["--model", "pretrain_videomae_base_patch16_224"], ["--model", "vit_base_patch16_224"]
     yield "nothing to test", ["--eval"], ["--eval", "--finetune"]
-    yield "test of a pre-training checkpoint", ["--eval", "--finetune", "HEADLESS"], ["pretrained.pth", "no classifier"]
+    yield "test of a pre-training checkpoint", ["--eval", "--finetune", "HEADLESS"], ["pretrained.pth", "classifier"]
     yield "other width", ["--finetune", "HEADLESS", "--model", "vit_small_patch16_224"], ["pretrained.pth", "--model"]
     yield "no such prefix", ["--finetune", "HEADLESS", "--model_prefix", "student."], ["--model_prefix student."]
     yield "no such key", ["--finetune", "HEADLESS", "--model_key", "teacher"], ["pretrained.pth", "'teacher'"]
     yield "resume from weights alone", ["--resume", "HEADLESS"], ["pretrained.pth"]
-    yield "no checkpoint", ["--finetune", "no.pth"], ["no.pth", "no such checkpoint"]
+    yield "no checkpoint", ["--finetune", "no.pth"], ["no.pth"]
     yield "cutmix range", ["--cutmix_minmax", "0.5", "0.51"], ["--cutmix_minmax 0.5 0.51"]
-    yield "few classes", ["--nb_classes", "1"], ["--nb_classes", "at least 2"]
+    yield "few classes", ["--nb_classes", "1"], ["--nb_classes", "2"]
 
 
 @pytest.mark.parametrize("name,flags,parts", [pytest.param(*case, id=case[0]) for case in bad_inputs()])
@@ -464,7 +470,7 @@ def test_bad_input_gets_one_clear_error(name, flags, parts, labelled, pretrained
 
 
 def test_custom_needs_its_number_of_classes():
-    with pytest.raises(SystemExit, match="--data_set custom needs --nb_classes"):
+    with pytest.raises(SystemExit, match=naming("--data_set custom", "--nb_classes")):
         main(["--data_set", "custom"])
 
 
@@ -474,7 +480,7 @@ def test_a_missing_video_counts_as_wrong_where_allowed(labelled, finetuned, tmp_
     (tmp_path / "list.csv").write_text("\n".join([*lines, f"{tmp_path}/gone.mp4 3"]) + "\n")
     run_here(labelled, "--eval", "--model_ema", "--finetune", folder / "checkpoint-2.pth", "--allow_missing",
              "--test_data_path", tmp_path / "list.csv", "--output_dir", tmp_path)  # fmt: skip
-    assert f"counted as wrong, cannot be read: {tmp_path}/gone.mp4" in capsys.readouterr().out
+    assert_names(capsys.readouterr().out, "wrong", f"{tmp_path}/gone.mp4")
     result, whole = (json.loads((f / "test.json").read_text()) for f in (tmp_path, folder))
     assert (result["videos"], result["unreadable"]) == (12, 1)
     assert result["acc1"] == pytest.approx(whole["acc1"] * 11 / 12) and result["loss"] == pytest.approx(whole["loss"])

@@ -15,7 +15,16 @@ import torch
 from run_mae_pretraining import SAMPLERS, build_mae, build_sampler, get_parser, main
 from runtime.launch import run_script
 from runtime.outputs import SummaryWriter
-from tests.helpers.runs import TINY, command, flags_read, free_port, read_log, run_here
+from tests.helpers.runs import (
+    TINY,
+    assert_names,
+    command,
+    flags_read,
+    free_port,
+    naming,
+    read_log,
+    run_here,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,7 +126,7 @@ def test_resume_after_kill_gives_the_undisturbed_run(mask_type, shapes, tmp_path
     process.wait()
     assert not (killed / "checkpoint-2.pth").exists()
     output = run(shapes, *flags, "--output_dir", killed)
-    assert "resumed after epoch 1" in output
+    assert_names(output, "resumed", killed / "checkpoint-1.pth")
 
     assert losses(killed) == losses(tmp_path / "whole")
     assert [record["epoch"] for record in read_log(killed)] == [0, 1, 2, 3]
@@ -134,11 +143,12 @@ def test_finished_run_does_nothing_and_truncated_newest_checkpoint_is_passed_ove
 
     flags = ["--mask_type", "random", "--epochs", 2, "--save_ckpt_freq", 1, "--output_dir", tmp_path]
     run(shapes, *flags)
-    assert "nothing to do" in run(shapes, *flags)
+    assert_names(run(shapes, *flags), "nothing", 2)
     newest = tmp_path / "checkpoint-1.pth"
     newest.write_bytes(newest.read_bytes()[:1000])
     output = run(shapes, *flags)
-    assert "checkpoint-1.pth: not a readable checkpoint" in output and "resumed after epoch 0" in output
+    assert_names(output, "warning: ", newest, "damaged")
+    assert_names(output, "resumed", tmp_path / "checkpoint-0.pth")
 
 
 @tats_and_slowly_the_others
@@ -187,18 +197,18 @@ def test_unreadable_videos_are_replaced_counted_and_named(shapes, tmp_path):
     listed = [f"{shapes.parent / line}" for line in shapes.read_text().splitlines()[:7]]
     (tmp_path / "list.csv").write_text("\n".join([*listed, f"{broken} 0"]) + "\n")
     output = run(tmp_path / "list.csv", "--mask_type", "random", "--epochs", 1, "--output_dir", tmp_path / "out")
-    assert f"unreadable video replaced by another: {broken}" in output
+    assert_names(output, "replaced", broken)
     assert read_log(tmp_path / "out")[0]["train_unreadable_videos"] >= 1
 
 
 def bad_inputs():
     """(name, flags, list text or None, parts the one-line error must have)"""
-    yield "no list", ["--data_path", "no/such/list.csv"], None, ["no/such/list.csv", "no such"]
-    yield "label missing", [], "a.mp4 0\nb.mp4\n", ["line 2", "label"]
-    yield "label not a number", [], "a.mp4 0\nb.mp4 cat\n", ["line 2", "'cat'"]
+    yield "no list", ["--data_path", "no/such/list.csv"], None, ["no/such/list.csv"]
+    yield "label missing", [], "a.mp4 0\nb.mp4\n", ["list.csv, line 2", "'b.mp4'"]
+    yield "label not a number", [], "a.mp4 0\nb.mp4 cat\n", ["list.csv, line 2", "'cat'"]
     yield "empty list", [], "\n", ["list.csv"]
-    yield "no video readable", [], "a.mp4 0\n" * 8, ["a.mp4", "no such file"]
-    yield "fewer videos than a batch", ["--batch_size", "64"], "a.mp4 0\n", ["--batch_size", "1 video"]
+    yield "no video readable", [], "a.mp4 0\n" * 8, ["list.csv", "/a.mp4"]
+    yield "fewer videos than a batch", ["--batch_size", "64"], "a.mp4 0\n", ["list.csv", "--batch_size", "64"]
     yield "ratio 0", ["--mask_ratio", "0"], "a.mp4 0\n" * 8, ["--mask_ratio 0"]
     yield "ratio 1", ["--mask_ratio", "1"], "a.mp4 0\n" * 8, ["--mask_ratio 1"]
     yield "ratio leaves nothing", ["--mask_ratio", "0.999"], "a.mp4 0\n" * 8, ["--mask_ratio 0.999"]
@@ -214,10 +224,10 @@ def bad_inputs():
     yield "beta of 1.5", ["--opt_betas", "0.9", "1.5"], "a.mp4 0\n" * 8, ["--opt_betas"]
     yield "drop path", ["--drop_path", "1.5"], "a.mp4 0\n" * 8, ["--drop_path 1.5"]
     yield "patch size", ["--patch_size", "0"], "a.mp4 0\n" * 8, ["--patch_size 0"]
-    yield "output is a file", ["--output_dir", "LIST"], "a.mp4 0\n" * 8, ["--output_dir", "cannot be written"]
+    yield "output is a file", ["--output_dir", "LIST"], "a.mp4 0\n" * 8, ["--output_dir", "list.csv"]
     yield "negative rate", ["--lr", "-1"], "a.mp4 0\n" * 8, ["--lr -1"]
-    yield "no checkpoint", ["--resume", "no.pth"], "a.mp4 0\n" * 8, ["no.pth", "no such checkpoint"]
-    yield "not a checkpoint", ["--resume", "LIST"], "a.mp4 0\n" * 8, ["list.csv", "not a readable checkpoint"]
+    yield "no checkpoint", ["--resume", "no.pth"], "a.mp4 0\n" * 8, ["no.pth"]
+    yield "not a checkpoint", ["--resume", "LIST"], "a.mp4 0\n" * 8, ["list.csv", "checkpoint"]
     yield "checkpoint of another size", ["--finetune", "OTHER"], "a.mp4 0\n" * 8, ["other.pth", "--model", "mask_token"]
     yield "weights without optimizer", ["--resume", "OTHER"], "a.mp4 0\n" * 8, ["other.pth", "--finetune"]
     if not torch.cuda.is_available():
@@ -242,7 +252,8 @@ def test_bad_input_gets_one_clear_error(name, flags, text, parts, tmp_path, caps
 def test_error_of_a_loader_process_is_one_line(tmp_path):
     (tmp_path / "list.csv").write_text("a.mp4 0\n" * 8)
     error = run(tmp_path / "list.csv", "--mask_type", "random", "--num_workers", 1, expect=1)
-    assert "no such file" in error and "Traceback" not in error
+    assert "Traceback" not in error
+    assert_names(error, tmp_path / "list.csv", tmp_path / "a.mp4")
 
 
 def test_tensorboard_has_the_training_curves(shapes, tmp_path):
@@ -271,7 +282,7 @@ def test_killed_while_saving_keeps_the_older_checkpoint(shapes, tmp_path):
     flags = ["--mask_type", "random", "--epochs", 2, "--save_ckpt_freq", 1, "--output_dir", tmp_path]
     run(shapes, *flags[:3], 1, *flags[4:])
     (tmp_path / "checkpoint-1.pth.tmp").write_bytes(b"half a file")
-    assert "resumed after epoch 0" in run(shapes, *flags)
+    assert_names(run(shapes, *flags), "resumed", tmp_path / "checkpoint-0.pth")
     assert time.time() - (tmp_path / "checkpoint-1.pth").stat().st_mtime < 60
 
 
@@ -313,7 +324,7 @@ def test_a_compiler_that_fails_is_one_line_and_other_errors_stay_as_they_are():
         raise args.error
 
     failure = torch._dynamo.exc.TorchDynamoException("no working compiler\n\ndetails")
-    with pytest.raises(SystemExit, match="--compile failed: no working compiler; leave it out"):
+    with pytest.raises(SystemExit, match=naming("--compile", "no working compiler")):
         run_script(train, argparse.Namespace(compile=True, error=failure))
     for arguments in (dict(compile=False, error=failure), dict(compile=True, error=RuntimeError("other"))):
         with pytest.raises(RuntimeError):
@@ -328,7 +339,7 @@ def test_a_loader_process_that_dies_is_one_line(error):
     def train(args):
         raise error
 
-    with pytest.raises(SystemExit, match="^error: a loader process died, .*--num_workers"):
+    with pytest.raises(SystemExit, match="^error: .*--num_workers"):
         run_script(train, argparse.Namespace())
 
 
@@ -356,5 +367,5 @@ def test_pictures_of_masks_do_not_change_the_run(shapes, tmp_path, mask_type, mo
 
 
 def test_pictures_need_a_log_dir(shapes, tmp_path):
-    with pytest.raises(SystemExit, match="--picture_freq 1.*--log_dir"):
+    with pytest.raises(SystemExit, match=naming("--picture_freq 1", "--log_dir")):
         main(["--data_path", str(shapes), *TINY, "--picture_freq", "1"])
