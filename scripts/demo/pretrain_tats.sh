@@ -6,8 +6,8 @@ output=${OUTPUT_DIR:-$REPOSITORY/output/demo}
 
 [ -n "${DRY_RUN:-}" ] || "$PYTHON" "$REPOSITORY/datasets/moving_shapes.py" --output "$output/data"
 
-# Random masks until the loss is clearly below 1 (epoch 9), then TATS. Next to the paper's settings (scripts/common.sh) a
-# run of minutes needs a larger --tats_lr, and a smaller --entropy_coef lets the sampler choose more sharply.
+# Random masks until the loss is clearly below 1 (epoch 9), then TATS. Unlike the paper's settings (scripts/common.sh) a run
+# of minutes needs a larger --tats_lr, and --tats_objective listwise chooses sharply without collapse (docs/SAMPLER.md).
 ( # launch ends its shell
 GPUS=0 launch run_mae_pretraining.py \
     --data_path "$output/data/train.csv" \
@@ -22,7 +22,7 @@ GPUS=0 launch run_mae_pretraining.py \
     --tats_attention trajectory \
     --tats_start_epoch 9 \
     --tats_lr 5e-4 \
-    --entropy_coef 3e-7 \
+    --tats_objective listwise \
     --batch_size 4 \
     --num_sample 4 \
     --opt_betas 0.9 0.95 \
