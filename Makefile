@@ -22,7 +22,7 @@ compare: $(SETUP)
 	PYTHON=$(PYTHON) bash scripts/compare/embedded.sh
 
 test: $(SETUP)
-	$(PYTHON) -m pytest -n 2 --dist loadfile $(TESTS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # Kills, full disks and vanishing videos, again and again: some 15 minutes.
 test-slow: $(SETUP)

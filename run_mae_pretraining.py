@@ -253,7 +253,7 @@ REFUSALS: Refusals = [
     (
         "checkpoint_modules",
         lambda args: "sampler" in args.checkpoint_modules and not SAMPLERS[args.mask_type].learned,
-        "only learned masks (--mask_type adamae or tats) have a sampler to recompute",
+        "--mask_type {mask_type} has no sampler to recompute, adamae and tats have",
     ),
     ("zero_stage", lambda args: args.compile and zero_3(args), "cannot be combined with --compile: use 2"),
     ("picture_freq", lambda args: args.picture_freq and not args.log_dir, "needs --log_dir for the pictures"),

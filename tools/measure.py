@@ -185,9 +185,9 @@ def runs_below(folders: list[str]) -> list[Path]:
     return found
 
 
+@torch.no_grad()
 def measure_runs(args: argparse.Namespace) -> None:
     """Writes measures.json of each run; one that is there, of the same checkpoint and settings, is left."""
-    torch.set_grad_enabled(False)
     for folder in runs_below(args.runs):
         checkpoint = checkpoint_files(folder)[0]
         settings = {"checkpoint": checkpoint.name, "data_path": args.data_path, "mask_ratio": args.mask_ratio}

@@ -289,6 +289,7 @@ def losses(output: Path) -> list[float]:
     return [json.loads(line)["train_loss"] for line in (output / "log.txt").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_two_nodes_meet_in_both_ways(tmp_path):
     """Two launches on this machine stand for two nodes: by node ranks and by a meeting point, with the same losses."""
     shapes = write_dataset(tmp_path / "shapes", train=10, val=10, size=32, frames=12)

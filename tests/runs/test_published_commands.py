@@ -162,6 +162,7 @@ def test_published_launcher_and_deepspeed(data, tmp_path):
     assert (tmp_path / "test.json").exists() and list(tmp_path.glob("deepspeed_config*"))
 
 
+@pytest.mark.slow
 def test_published_launcher_joins_two_processes(data, tmp_path):
     launched("ucf101 pretrain", data, tmp_path, 2)
     saved = torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)

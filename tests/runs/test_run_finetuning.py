@@ -306,6 +306,7 @@ def test_probe_trains_only_its_head(kind, cache, labelled, pretrained, tmp_path)
     assert np.array_equal(scores(tmp_path), reference)
 
 
+@pytest.mark.slow
 def test_probe_of_two_processes_and_resume(labelled, pretrained, tmp_path):
     flags = ["--linear_probe", "--finetune", pretrained, "--batch_size", 2, "--save_ckpt_freq", 1, "--epochs", 3]
     run(labelled, *flags, "--output_dir", tmp_path / "whole", processes=2)

@@ -81,7 +81,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     out = tmp_path / "out"
     environment = dict(DATA_PATH=str(shapes), OUTPUT_DIR=str(out), METHODS="random", PRETRAIN_EPOCHS="2",
                        EVALUATIONS="linear_probe", PROBE_EPOCHS="1", TATS_START_EPOCH="1", NUM_WORKERS="0", JOBS="1",
-                       BATCH_SIZE="4", OMP_NUM_THREADS="1")  # fmt: skip
+                       BATCH_SIZE="4", OMP_NUM_THREADS="1", MEASURE="")  # fmt: skip
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     process = subprocess.Popen(["bash", str(COMPARE / "embedded.sh")], env=os.environ | environment, **quiet)
     first = out / "random-ratio0.85-seed0/pretrain/checkpoint-1.pth"
