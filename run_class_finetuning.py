@@ -708,7 +708,7 @@ def read_best(output: Path) -> dict:
     try:
         return load_run(output / BEST)
     except CheckpointError as error:
-        log(f"warning: {error}; going on without it")
+        log(f"warning: {error}; continuing without it")
         return {}
 
 
@@ -764,7 +764,7 @@ def save_best(path: Path, state: dict) -> None:
         try:
             save_checkpoint(path, state)
         except CheckpointError as error:
-            log(f"warning: {error}; training goes on, and its last weights will be tested")
+            log(f"warning: {error}; training continues, and its last weights will be tested")
 
 
 def train(run: Run, loaders: dict, recipe: FinetuneRecipe, state: RunState, first_epoch: int) -> None:

@@ -385,7 +385,7 @@ class Run:
         return engine_for_pretraining.train_one_epoch(self.backend, sampler, loader, recipe, epoch, state)
 
     def state(self, epoch: int, step: int, midway: dict | None = None) -> dict:
-        """What checkpoint-N.pth holds; `model` has VideoMAE's names and nothing of the sampler. epoch: the last whole
+        """What checkpoint-N.pth contains; `model` has VideoMAE's names and nothing of the sampler. epoch: the last whole
         one; midway: where in the next one training is. Every rank calls it."""
         state = {
             "model": self.backend.weights(self.mae),
@@ -433,7 +433,7 @@ class Run:
                 ) from error
             log(f"{path}: {self.learned} sampler: {report}")
         elif self.learned:
-            why = "--no-finetune_sampler" if self.learned in samplers else "the file holds none"
+            why = "--no-finetune_sampler" if self.learned in samplers else "the file has none"
             log(f"{path}: {self.learned} sampler: starts fresh, {why}")
         for kind, tensors in samplers.items():
             log(f"{path}: {kind} sampler: {len(tensors)} tensors left over, not used by --mask_type {args.mask_type}")

@@ -90,7 +90,7 @@ class Trained:
         self.sampler = build_sampler(self.args, self.mae).eval()
         if self.sampler.learned:
             if self.args.mask_type not in samplers:
-                raise CheckpointError(f"{path}: holds no {self.args.mask_type} sampler; give another --mask_type")
+                raise CheckpointError(f"{path}: has no {self.args.mask_type} sampler; give another --mask_type")
             load_sampler(self.sampler, samplers[self.args.mask_type], state, path, self.args)
         statistics = mean_and_std(self.args.imagenet_default_mean_and_std)
         self.mean, self.std = map(torch.tensor, statistics)

@@ -52,7 +52,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
         if isinstance(error, (OSError, RuntimeError)):  # torch's writer turns some of the first into the second
             cause = (file and file.error) or error
             reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-            raise CheckpointError(f"{path}: cannot be written ({reason}); older checkpoints are whole") from error
+            raise CheckpointError(f"{path}: cannot be written ({reason}); older checkpoints are intact") from error
         raise
 
 
@@ -190,9 +190,9 @@ def check_run_state(state: dict, path: str | Path) -> None:
         raise CheckpointError(f"{path}: its epoch is {state['epoch']}")
     best = state.get("best", {"acc1": 0.0, "epoch": 0})
     if not all(isinstance(best.get(name), numbers.Real) for name in ("acc1", "epoch")):
-        raise CheckpointError(f"{path}: its best holds no numbers acc1 and epoch")
+        raise CheckpointError(f"{path}: its best has no numbers acc1 and epoch")
     if not all(value is None or isinstance(value, numbers.Real) for value in (state.get("unvalidated") or {}).values()):
-        raise CheckpointError(f"{path}: its unvalidated epoch holds more than numbers")
+        raise CheckpointError(f"{path}: its unvalidated epoch has other values than numbers")
     midway = state.get("midway")
     counts = ("steps", "steps_per_epoch", "micro_batches_a_step", "num_failed")
     if midway and not (
@@ -259,7 +259,7 @@ def check_moments(optimizer: torch.optim.Optimizer, path: str | Path) -> None:
             if name in ("step", *MOMENTS) and not isinstance(value, Tensor):
                 raise CheckpointError(f"{path}: its optimizer's {name} is a {type(value).__name__}")
             if isinstance(value, Tensor) and not value.isfinite().all():
-                raise CheckpointError(f"{path}: its optimizer's {name} holds values that are not finite")
+                raise CheckpointError(f"{path}: its optimizer's {name} has values that are not finite")
             shape = () if name == "step" else parameter.shape
             if name in ("step", *MOMENTS) and value.shape != shape:
                 raise CheckpointError(f"{path}: its optimizer's {name} is {tuple(value.shape)}, not {tuple(shape)}")

@@ -54,7 +54,7 @@ def named_weights(state: dict, path: str | Path, keys: tuple[str, ...] = MODEL_K
     if not found:
         holds = ", ".join(f"{str(key)[:40]} ({type(value).__name__})" for key, value in list(state.items())[:5])
         raise CheckpointError(
-            f"{path}: holds no weights under {', '.join(map(repr, keys))} or at its top level, but {holds or 'nothing'}"
+            f"{path}: has no weights under {', '.join(map(repr, keys))} or at its top level, but {holds or 'nothing'}"
         )
     return {name: _float32(value) for name, value in found.items()}
 
@@ -75,7 +75,7 @@ def _find_weights(state: dict, path: str | Path, keys: tuple[str, ...], depth: i
     }
     inside = {key: found for key, found in inside.items() if found}
     if len(inside) > 1 and "state_dict" not in inside:
-        raise CheckpointError(f"{path}: holds weights under {', '.join(inside)}: choose one with --model_key")
+        raise CheckpointError(f"{path}: contains weights under {', '.join(inside)}: choose one with --model_key")
     return inside.get("state_dict") or next(iter(inside.values()), own)
 
 
@@ -111,7 +111,7 @@ def split_names(
         if not prefix or name.startswith(prefix) or short.startswith(prefix):
             short = _unwrapped(name.removeprefix(prefix)) if name.startswith(prefix) else short.removeprefix(prefix)
             if short in inside:
-                raise CheckpointError(f"{path}: holds {short} twice, once as {name}: choose with --model_prefix")
+                raise CheckpointError(f"{path}: contains {short} twice, once as {name}: choose with --model_prefix")
             inside[short] = value
         else:
             outside[name] = value
@@ -122,7 +122,7 @@ def split_names(
     starts = sorted({match[1] for match in first}) or [s for s in ENCODERS if any(n.startswith(s) for n in inside)][:1]
     if len(starts) > 1:
         raise CheckpointError(
-            f"{path}: holds {len(starts)} encoders, {', '.join(start + '*' for start in starts)}: choose one with "
+            f"{path}: contains {len(starts)} encoders, {', '.join(start + '*' for start in starts)}: choose one with "
             "--model_prefix"
         )
     if not starts and not prefix:
@@ -160,8 +160,8 @@ def _refuse_images(weights: list[Tensor], path: str | Path) -> None:
     flat = [value for value in weights if value.ndim == 4 and value.shape[1] in (1, 3)]
     if flat and not any(value.ndim == 5 for value in weights):
         raise CheckpointError(
-            f"{path}: holds image weights (its first layer is {tuple(flat[0].shape)}, without time), not a video "
-            "model's; taking those over is not supported yet"
+            f"{path}: contains image weights (its first layer is {tuple(flat[0].shape)}, without time), not a video "
+            "model's; these cannot be loaded yet"
         )
 
 
@@ -185,7 +185,7 @@ class LoadReport(NamedTuple):
 
     def __str__(self):
         return (
-            f"{len(self.loaded)} tensors taken over; {len(self.missing)} start fresh: {_summary(self.missing)}; "
+            f"{len(self.loaded)} tensors loaded; {len(self.missing)} start fresh: {_summary(self.missing)}; "
             f"{len(self.left_over)} left over: {_summary(self.left_over)}"
         )
 
@@ -246,7 +246,7 @@ def _load_part(
     own = module.state_dict()
     wanted = {name: value for name, value in own.items() if name in taken or name.startswith(needed)}
     beyond = {name: value for name, value in weights.items() if name.startswith(layers) and name not in taken}
-    holds = "" if any(name.startswith(layers) for name in taken) else f"; it holds {_summary(list(weights))}"
+    holds = "" if any(name.startswith(layers) for name in taken) else f"; it contains {_summary(list(weights))}"
     _check_fit(wanted, taken | beyond, path, holds)
     module.load_state_dict(taken, strict=False)
     return LoadReport(list(taken), [n for n in own if n not in taken], [n for n in weights if n not in taken])
@@ -287,7 +287,7 @@ def position_grid(state: dict, table: Tensor, grid: tuple[int, int, int], tubele
 def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
     """Strict load; raises CheckpointError that lists what does not fit."""
     if not isinstance(weights, dict):
-        raise CheckpointError(f"{path}: holds a {type(weights).__name__} in place of weights by name")
+        raise CheckpointError(f"{path}: contains a {type(weights).__name__} instead of weights by name")
     _check_fit(module.state_dict(), weights, path)
     module.load_state_dict(weights)
 
@@ -304,7 +304,7 @@ def _check_fit(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | P
         or value.layout != mine.layout
     ]
     if odd:
-        raise CheckpointError(f"{path}: holds what are no weights of this model: {_few(odd)}")
+        raise CheckpointError(f"{path}: has values that are no weights of this model: {_few(odd)}")
     missing = [name for name in own if name not in weights]
     unknown = [str(name) for name in weights if name not in own]
     wrong = [

@@ -134,7 +134,7 @@ class EpochRunner:
         in_a_row = int(max(backend.skipped_in_a_row for backend in self.watched.values()))
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UsageError(
-                f"the gradient was not finite for the last {in_a_row} optimizer steps; training cannot go on. "
+                f"the gradient was not finite for the last {in_a_row} optimizer steps; training stops. "
                 "Lower --lr, set --clip_grad, or use --amp bf16 or none; resume from the last checkpoint"
             )
 

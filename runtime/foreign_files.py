@@ -136,7 +136,7 @@ def _read(path: str | Path, verify: bool = False) -> dict:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
         raise CheckpointError(f"{path}: not a readable checkpoint: {_what_is(path, error)}") from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a dictionary of weights")
+        raise CheckpointError(f"{path}: contains a {type(state).__name__}, not a dictionary of weights")
     return state
 
 
@@ -161,7 +161,7 @@ WITHOUT_CODE = "only its weights: torch.save({'model': MODEL.state_dict()}, FILE
 
 
 def _what_is(path: str | Path, error: Exception) -> str:
-    """What a file is that torch.load has refused: which class it holds, or what else it is, or that it is damaged."""
+    """What a file is that torch.load has refused: which class it contains, what else it is, or that it is damaged."""
     name, reason = Path(path).name, str(error).strip()
     damaged = f"damaged, cut off, or no file of weights ({type(error).__name__})"
     try:
@@ -192,7 +192,7 @@ def _what_is(path: str | Path, error: Exception) -> str:
     except Exception:  # the file may hold anything, and it has been refused already: this only looks for the reason
         return damaged
     if isinstance(error, _NotRead):
-        return f"it holds {reason}, which are not read: leave them out, and write it again"
+        return f"it contains {reason}, which are not read: leave them out, and write it again"
     if refused := _refused_class(reason):
         return _words_on(refused, head, name)
     if head[:1] == b"\x80" and ("operand" in reason or "magic number" in reason) and is_whole:
@@ -212,13 +212,11 @@ def _refused_class(reason: str) -> str:
 
 def _words_on(refused: str, pickled: bytes, name: str) -> str:
     if refused.startswith("deepspeed."):
-        return f"{PART_OF_OPTIMIZER} (it holds a {refused})"
+        return f"{PART_OF_OPTIMIZER} (it contains a {refused})"
     if b"torch.nn.modules" in pickled:
-        return (
-            f"a whole pickled model (it holds a {refused}), which could run code: with its code, write {WITHOUT_CODE}"
-        )
+        return f"a pickled model (it contains a {refused}), which could run code: with its code, write {WITHOUT_CODE}"
     return (
-        f"it holds a {refused}, and building that could run code. If you trust the file, read it with "
+        f"it contains a {refused}, and building that could run code. If you trust the file, read it with "
         f"torch.load({name!r}, weights_only=False) and write only its weights, or leave that object out"
     )
 
@@ -307,5 +305,5 @@ def weights_in(folder: str | Path) -> Path:
     if len(files) == 1:
         return folder / files[0]
     if files:
-        raise CheckpointError(f"{folder}: holds {len(files)} files of weights, name one: {', '.join(files[:4])}")
-    raise CheckpointError(f"{folder}: no checkpoint in this folder (it holds {', '.join(names[:4]) or 'nothing'})")
+        raise CheckpointError(f"{folder}: contains {len(files)} files of weights, name one: {', '.join(files[:4])}")
+    raise CheckpointError(f"{folder}: no checkpoint in this folder (it contains {', '.join(names[:4]) or 'nothing'})")

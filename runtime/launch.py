@@ -25,7 +25,7 @@ LOADER_DIED = (
 )
 FAILURES = (
     (r"DataLoader worker .*(exited unexpectedly|killed by signal)", LOADER_DIED),
-    (r"DataLoader timed out", "no batch came for half an hour: a loader process hangs, or the disk does"),
+    (r"DataLoader timed out", "no batch came for half an hour: a loader process or the disk does not respond"),
     (r"Connection (closed|reset) by|Broken pipe|NCCL error|NCCL communicator was aborted|gloo.*[Tt]imed out",
      "another rank exited or stopped responding; look for the first error in the other ranks' logs"),
     (r"CUDA out of memory", "the GPU has too little memory: lower --batch_size (and raise --accum_iter), or set "
@@ -35,7 +35,7 @@ FAILURES = (
 
 def run_script(train: Callable, args) -> None:
     """train(args), with what the user can put right as one line and a non-zero status; status 75 where training was
-    told to stop and can go on, 130 after Ctrl-C."""
+    told to stop and can be resumed, 130 after Ctrl-C."""
     tolerant_output()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
@@ -52,7 +52,7 @@ def run_script(train: Callable, args) -> None:
     except KeyboardInterrupt:
         set_handlers({signal.SIGINT: signal.SIG_IGN})
         if is_main_process():
-            print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+            print("interrupted: the same command resumes from the newest checkpoint", file=sys.stderr, flush=True)
         sys.exit(130)  # as a shell has it
     except Preempted as stop:
         # one more while this process ends would change its status; Python would take back a handler of its own early

@@ -63,7 +63,7 @@ class Metrics:
         return summed
 
     def load(self, state: dict[str, list[list[float]]], device: torch.device, weight: float = 1.0) -> None:
-        """Goes on from `state`, whose values count `weight` times; the main process holds it for all."""
+        """Continues from `state`, whose values count `weight` times; the main rank has it for all."""
         share = weight if is_main_process() else 0.0
         for names, parts in state.items():
             parts = [share * torch.tensor(part, dtype=torch.float64, device=device) for part in parts]

@@ -59,7 +59,7 @@ class SummaryWriter:
         try:
             call()
         except OSError as error:
-            log(f"warning: --log_dir {self.folder}: {error.strerror}; no more curves from this run, log.txt goes on")
+            log(f"warning: --log_dir {self.folder}: {error.strerror}; no more curves are written, only log.txt")
             with contextlib.suppress(OSError):
                 self.file.close()
             self.file = None

@@ -18,7 +18,7 @@ class Preempted(Exception):
     """Training stopped for a signal; the message says where. saved: whether a resume goes on from there."""
 
     def __init__(self, message: str, saved: bool):
-        super().__init__(f"{message}; " + ("saved: the same command goes on from here" if saved else "nothing saved"))
+        super().__init__(f"{message}; " + ("saved: the same command resumes here" if saved else "nothing saved"))
         self.saved = saved
 
 

@@ -47,18 +47,18 @@ def find_resume(args) -> tuple[Path, dict] | None:
         if not own and os.path.isdir(args.resume):
             found = latest_checkpoint(args.resume)
             if found is None:
-                raise CheckpointError(f"{args.resume}: no checkpoint-N.pth in this folder to go on from")
+                raise CheckpointError(f"{args.resume}: no checkpoint-N.pth in this folder to resume from")
         elif not own:
             found = Path(args.resume), load_run(args.resume)
-        check_same_on_all_ranks(str(found[0]), "checkpoints to go on from")
+        check_same_on_all_ranks(str(found[0]), "checkpoints to resume from")
         return found
-    check_same_on_all_ranks(found and str(found[0]), "checkpoints to go on from")
+    check_same_on_all_ranks(found and str(found[0]), "checkpoints to resume from")
     if found is None:
         return None
     source = saved_args(found[1], found[0]).get("finetune", "")
     if args.finetune and args.finetune != source:
         raise UsageError(
-            f"{args.output_dir} holds a run that started from {source or 'random weights'}, not from --finetune "
+            f"{args.output_dir} contains a run that started from {source or 'random weights'}, not from --finetune "
             f"{args.finetune}: choose another --output_dir, or start over with --no-auto_resume"
         )
     return found
@@ -156,7 +156,7 @@ def _set_aside_later(args, found: tuple[Path, dict] | None) -> None:
         epoch, midway = state["epoch"], state.get("midway")
         epoch, steps = (epoch + 1, midway["steps"]) if midway else (epoch, math.inf)
     for later in set_aside_later(Path(args.output_dir), epoch, steps, path):
-        log(f"note: {later} is later than where this run goes on: it is now {later.name}.old")
+        log(f"note: {later} is later than where this run resumes; it is renamed to {later.name}.old")
 
 
 def save(args, output: Path, state: dict, epoch: int, where: dict | None = None, must: bool = False) -> bool:
@@ -186,7 +186,7 @@ def save(args, output: Path, state: dict, epoch: int, where: dict | None = None,
     if problem and must:
         raise UsageError(f"{problem}. Put that right, and start the same command again")
     if problem:
-        log(f"warning: {problem}; training goes on")
+        log(f"warning: {problem}; training continues")
     return not problem
 
 

@@ -102,7 +102,7 @@ def _read_config(file: str) -> dict:
     except ValueError as error:
         raise ValueError(f"--deepspeed_config {file}: not a JSON file ({error})") from error
     if not isinstance(config, dict):
-        raise ValueError(f"--deepspeed_config {file}: holds no JSON object")
+        raise ValueError(f"--deepspeed_config {file}: is no JSON object")
     return config
 
 

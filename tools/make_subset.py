@@ -93,8 +93,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="list to write")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--fraction", type=float, default=0.15, help="share of the list's videos")
-    size.add_argument("--count", type=int, help="number of videos, in place of --fraction")
-    size.add_argument("--count_like", metavar="LIST", help="as many videos as this list has, in place of --fraction")
+    size.add_argument("--count", type=int, help="number of videos, instead of --fraction")
+    size.add_argument("--count_like", metavar="LIST", help="as many videos as this list has, instead of --fraction")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other videos")
     return parser
 

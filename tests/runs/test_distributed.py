@@ -241,7 +241,7 @@ def test_rollouts_and_passes_follow_ddp(runs):
 def test_stopped_in_mid_epoch_all_processes_save_the_same_step_and_go_on(runs, backend):
     """The last process gets SIGTERM at step 9; the losses, those of the log too, are the undisturbed run's."""
     result = runs.results[f"stopped-{backend}"]
-    stopped = "stopped in epoch 1 after 4 of 7 batches; saved: the same command goes on from here"
+    stopped = "stopped in epoch 1 after 4 of 7 batches; saved: the same command resumes here"
     assert result["ends"] == [[stopped, "finished"]] * 2
     assert runs.losses(f"stopped-{backend}") == runs.losses(f"tats-{backend}")
     assert (runs.folder / f"stopped-{backend}" / "checkpoint-1-step4.pth").exists()
@@ -340,7 +340,7 @@ def test_fine_tuning_follows_one_process(runs, name):
     """26 parameter groups of layer decay; under ZeRO 3 validation and test run on a copy of the weights."""
     name = f"finetune-{name}"
     assert runs.losses(name) == pytest.approx(runs.losses("finetune-one"), rel=1e-5)
-    stopped = "stopped in epoch 1 after 4 of 7 batches; saved: the same command goes on from here"
+    stopped = "stopped in epoch 1 after 4 of 7 batches; saved: the same command resumes here"
     assert runs.results[name]["ends"] == [[stopped, "finished"] if name.endswith("stopped") else ["finished"]] * 2
     for record, expected in zip(runs.log(name), runs.log("finetune-one"), strict=True):
         assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
