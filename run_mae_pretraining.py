@@ -385,7 +385,7 @@ class Run:
         return engine_for_pretraining.train_one_epoch(self.backend, sampler, loader, recipe, epoch, state)
 
     def state(self, epoch: int, step: int, midway: dict | None = None) -> dict:
-        """What checkpoint-N.pth contains; `model` has VideoMAE's names and nothing of the sampler. epoch: the last whole
+        """What checkpoint-N.pth contains; `model` has VideoMAE's names and nothing of the sampler. epoch: the last full
         one; midway: where in the next one training is. Every rank calls it."""
         state = {
             "model": self.backend.weights(self.mae),

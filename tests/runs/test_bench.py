@@ -75,6 +75,7 @@ def test_attention_sweep_leaves_out_what_is_too_large(run_here):
     assert all(row["x plain"] == "1.00" for row in rows if row["layer"] == "plain")
 
 
+@pytest.mark.slow
 def test_attention_measures_memory_in_a_process_of_its_own(run_here):
     ((_, (row,)),) = run_here(f"{SMALL_ATTENTION} --tokens 512 --rows naive")
     weights = 4 * 2 * 1024**2 / 1e6
@@ -119,6 +120,7 @@ def test_step_times_every_mask_type_beside_transformers():
     assert flop["tube"] < flop["transformers"] < 1.5 * flop["tube"]
 
 
+@pytest.mark.slow
 def test_step_sweep_compares_sizes(run_here):
     _, *tables = run_here(f"{SMALL_STEP} --num_frames 8 --input_size 32 --rows tube --sweep --skip_memory")
     assert len(tables) == 3

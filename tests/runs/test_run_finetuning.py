@@ -198,6 +198,7 @@ def test_best_of_a_killed_run_is_not_replaced_by_worse(labelled, finetuned, tmp_
     assert weights(tmp_path / "checkpoint-3.pth", "best") == {"acc1": 101.0, "epoch": 3}
 
 
+@pytest.mark.slow
 def test_two_processes_and_accumulation_follow_one_process(labelled, tmp_path):
     """Clips belong to their seed, not to the process; without mixing within a batch the global batch is the same."""
     flags = ["--epochs", 2, "--mixup", 0, "--cutmix", 0, "--drop_path", 0]

@@ -359,6 +359,7 @@ def test_damaged_videos_are_read_or_refused(encoded, tmp_path):
     assert {"read", "refused"} == set(outcomes)
 
 
+@pytest.mark.slow
 def test_damaged_real_videos_are_read_or_refused(shared_data, tmp_path):
     clips = [p for p in sorted((shared_data / "clips").glob("*/*")) if p.stat().st_size < 400_000]
     sources = [p for p in clips if p.suffix in (".avi", ".mp4", ".webm")]
@@ -692,6 +693,7 @@ def refusal_or_training(main, arguments, *words) -> str:
         return ""
 
 
+@pytest.mark.slow
 def test_checkpoints_with_odd_entries_are_refused_or_resumed(shapes, runs, tmp_path, stop_at_training, monkeypatch):
     """Whole files with one entry gone or replaced at any depth, through --resume, --finetune, --eval and pictures."""
     states = {name: load_checkpoint(folder / "checkpoint-0.pth") for name, folder in runs.items()}
@@ -725,6 +727,7 @@ def test_checkpoints_with_odd_entries_are_refused_or_resumed(shapes, runs, tmp_p
 RESUMED = ("model", "optimizer", "tats", "tats_optimizer", "scaler", "rng", "epoch", "args")
 
 
+@pytest.mark.slow
 def test_every_entry_of_every_kind(shapes, runs, tmp_path, stop_at_training):
     """Each entry a resume needs, replaced by what it is not: refused by the file's name, whatever it is."""
     good = load_checkpoint(runs["tats"] / "checkpoint-0.pth")
