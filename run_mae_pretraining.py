@@ -337,8 +337,10 @@ class Run:
         self.args, self.device = args, device
         self.mae = build_mae(args)
         self.sampler = build_sampler(args, self.mae)
-        self.warmup_sampler = RandomMask(self.mae.grid, args.mask_ratio)  # of the epochs before --tats_start_epoch
-        self.warmup_sampler.decoder_mask_ratio = args.decoder_mask_ratio
+        self.warmup_sampler = None  # of the epochs before --tats_start_epoch
+        if self.sampler.own_optimizer:
+            self.warmup_sampler = RandomMask(self.mae.grid, args.mask_ratio)
+            self.warmup_sampler.decoder_mask_ratio = args.decoder_mask_ratio
         self.learned = args.mask_type if self.sampler.learned else ""  # the sampler's key in checkpoints
         if found:
             self._load_weights(*found)

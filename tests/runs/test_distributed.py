@@ -33,7 +33,8 @@ def zero(stage: int) -> list[str]:
 
 NORMALIZED = {"ddp": [], "zero0": zero(0), "zero2": zero(2), "zero3": zero(3)}
 # What runs fast enough for make test; the rest has the mark slow.
-QUICK = {"stopped-zero2", "nan-start0-ddp", "nan-start0-zero1", "normalized-start0-ddp", "finetune-ddp", "finetune-zero1"}  # fmt: skip
+QUICK = {"stopped-zero2", "nan-start0-ddp", "nan-start0-zero1", "normalized-start0-ddp", "finetune-ddp"}
+QUICK |= {"finetune-zero1"}
 
 
 def parameters(prefix: str, names) -> list:

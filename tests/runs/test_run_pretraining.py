@@ -264,6 +264,13 @@ def test_tensorboard_has_the_training_curves(shapes, tmp_path):
         assert name in content
 
 
+def test_tubes_may_leave_less_than_random_masks_could(shapes, tmp_path):
+    """A ratio at which random masks would show no token, and tubes show one per frame."""
+    run_here(shapes, "--mask_type", "tube", "--mask_ratio", 0.9, "--patch_size", 16, "--epochs", 1,
+             "--output_dir", tmp_path)  # fmt: skip
+    assert read_log(tmp_path)[0]["train_loss"] > 0
+
+
 def test_temperature_and_logit_cap_reach_the_sampler():
     flags = ["--data_path", "x", *TINY, "--mask_type", "tats", "--softmax_temp", "0.5", "--tats_logit_cap", "2"]
     args = get_parser().parse_args(flags)

@@ -381,7 +381,7 @@ def test_a_spared_decoder_leaves_the_encoders_mask_as_it_is(mask_type, tiny):
     if run.sampler.needs_tokens:  # without a seed, as phase 2 and pictures ask
         assert draw_mask(run, None).masked.shape == (2, 48)
         assert torch.equal(mask.log_prob, full.log_prob)
-    if run.sampler.own_optimizer:
+    if run.warmup_sampler:
         assert run.warmup_sampler(None, seed).masked.shape == (2, 20)
 
 
