@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fine-tunes the demo's checkpoint on moving shapes: which way does the shape go, right, left, up or down? No single
-# frame tells. About 5 minutes on 2 CPU cores; MODEL_PATH=none trains from scratch instead.
+# frame tells. About 3 minutes on 2 CPU cores; MODEL_PATH=none trains from scratch instead.
 # OUTPUT_DIR (default output/demo), PYTHON and further flags as in the other scripts.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 output=${OUTPUT_DIR:-$REPOSITORY/output/demo}
@@ -19,8 +19,7 @@ fi
 name=finetune
 initial=(--finetune "$model")
 if [ "$model" = none ]; then name=scratch initial=(); fi
-# Next to table 7 (scripts/common.sh): no mixing and no colours, few epochs at a large rate. Whether motion is found within
-# them depends on the seed (docs/LOG.md).
+# Unlike table 7 (scripts/common.sh): no mixing and no colours, few epochs at a large rate.
 GPUS=0 launch run_class_finetuning.py \
     --data_set custom --nb_classes 4 --no-flip \
     --data_path "$data/translations" \
@@ -38,7 +37,7 @@ GPUS=0 launch run_class_finetuning.py \
     --lr 6.4e-2 \
     --warmup_epochs 3 \
     --clip_grad 1 \
-    --epochs 25 \
+    --epochs 15 \
     --save_ckpt_freq 5 \
     --print_freq 50 \
     --num_workers 1 \
