@@ -159,10 +159,10 @@ def load_run(path: str | Path) -> dict:
 
 
 def set_aside_later(folder: Path, epoch: int, steps: float, found: Path | None) -> list[Path]:
-    """Renames checkpoints of a later state than (epoch, steps), where a run goes on from, to NAME.old and returns them:
+    """Renames checkpoints of a later state than (epoch, steps), where a run resumes, to NAME.old and returns them:
     damaged, or of a run that is begun again, they would outlive its own as the newest. Deletes what killed saves left.
 
-    steps: inf after a whole epoch; found: the file the run goes on from, which stays.
+    steps: inf after a whole epoch; found: the file the run resumes from, which stays.
     """
     later = [path for path in checkpoint_files(folder) if _place(path) > (epoch, steps) and path != found]
     for path in later:

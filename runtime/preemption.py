@@ -15,7 +15,7 @@ GO_ON, SAVE, STOP = range(3)
 
 
 class Preempted(Exception):
-    """Training stopped for a signal; the message says where. saved: whether a resume goes on from there."""
+    """Training stopped for a signal; the message says where. saved: whether a resume continues from there."""
 
     def __init__(self, message: str, saved: bool):
         super().__init__(f"{message}; " + ("saved: the same command resumes here" if saved else "nothing saved"))

@@ -147,7 +147,7 @@ def _videos_counted(args, saved: dict, path: Path) -> dict:
 
 
 def _set_aside_later(args, found: tuple[Path, dict] | None) -> None:
-    """Makes what the run goes on from the newest checkpoint of its folder."""
+    """Makes the checkpoint that the run resumes from the newest of its folder."""
     if not args.output_dir or not is_main_process():
         return
     path, epoch, steps = None, args.start_epoch - 1, math.inf

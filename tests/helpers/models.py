@@ -4,6 +4,7 @@ import functools
 
 import torch
 from torch import nn
+from transformers import VideoMAEConfig
 
 from masking_generator import Mask
 from modeling_finetune import VisionTransformer
@@ -56,3 +57,17 @@ def random_classifier(seed=5, **settings):
 
 def random_encoder(**settings):
     return random_classifier(num_classes=0, use_mean_pooling=False, **settings)
+
+
+def make_huggingface(model_class, **settings):
+    """transformers' model of random_mae's shape, with random weights and eps 1e-6 in every norm."""
+    config = VideoMAEConfig(
+        image_size=16, patch_size=8, num_frames=4, tubelet_size=2, hidden_size=24, num_hidden_layers=3,
+        num_attention_heads=2, intermediate_size=96, decoder_hidden_size=16, decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2, decoder_intermediate_size=64, layer_norm_eps=1e-6, **settings,
+    )  # fmt: skip
+    model = randomize(model_class(config), seed=9).eval()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-6
+    return model

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from torch import nn
-from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
+from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import modeling_finetune  # noqa: F401  registers the models
 from engine_for_finetuning import FinetuneRecipe
@@ -21,7 +21,7 @@ from runtime.backend import Backend
 from runtime.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from runtime.convert import LoadReport, encoder_weights, load_encoder, position_grid, resize_position_table
 from tests.helpers import reference
-from tests.helpers.models import random_classifier, random_encoder, random_mae, randomize
+from tests.helpers.models import make_huggingface, random_classifier, random_encoder, random_mae, randomize
 from tests.helpers.runs import naming
 
 torch.set_num_threads(1)
@@ -211,19 +211,6 @@ def test_adamaes_sampler_is_left_over():
     names = {name.removeprefix("encoder.") for name in sampler}
     assert names <= set(report.left_over) and not report.missing
     torch.testing.assert_close(tokens_of(encoder, a_clip()), encoder_tokens(mae, a_clip()))
-
-
-def make_huggingface(model_class, **settings):
-    config = VideoMAEConfig(
-        image_size=16, patch_size=8, num_frames=4, tubelet_size=2, hidden_size=24, num_hidden_layers=3,
-        num_attention_heads=2, intermediate_size=96, decoder_hidden_size=16, decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=2, decoder_intermediate_size=64, layer_norm_eps=1e-6, **settings,
-    )  # fmt: skip
-    model = randomize(model_class(config), seed=9).eval()
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = 1e-6
-    return model
 
 
 def test_huggingfaces_pretraining_model_gives_the_same_tokens():

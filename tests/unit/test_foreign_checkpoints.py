@@ -39,7 +39,7 @@ from runtime.checkpoint import CheckpointError, load_checkpoint, open_checkpoint
 from runtime.convert import encoder_weights, load_autoencoder, load_encoder, load_weights, model_weights
 from runtime.resume import find_resume
 from tests.helpers import reference
-from tests.helpers.models import random_classifier, random_encoder, random_mae, randomize
+from tests.helpers.models import make_huggingface, random_classifier, random_encoder, random_mae, randomize
 from tests.helpers.runs import assert_names, naming
 from tools import run_folders
 
@@ -72,19 +72,6 @@ def refused(path, *words) -> str:
 
 
 # --- Hugging Face ------------------------------------------------------------------------------------------------
-
-
-def make_huggingface(model_class, **settings):
-    config = VideoMAEConfig(
-        image_size=16, patch_size=8, num_frames=4, tubelet_size=2, hidden_size=24, num_hidden_layers=3,
-        num_attention_heads=2, intermediate_size=96, decoder_hidden_size=16, decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=2, decoder_intermediate_size=64, layer_norm_eps=1e-6, **settings,
-    )  # fmt: skip
-    model = randomize(model_class(config), seed=9).eval()
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = 1e-6
-    return model
 
 
 def check_tokens(theirs, path, key="", prefix=""):

@@ -10,21 +10,13 @@ from modeling_adamae import AdaMAESampler
 from modeling_pretrain import JointModel, PretrainVisionTransformer, reconstruction_target, token_error
 from modeling_tats import ATTENTIONS, TATS
 from tests.helpers import reference
+from tests.helpers.models import randomize
 from tests.helpers.runs import naming
 
 torch.set_num_threads(1)
 
 GRID, NUM_TOKENS, DIM, RATIO = (3, 2, 2), 12, 16, 0.75
 all_attentions = pytest.mark.parametrize("attention", ATTENTIONS)
-
-
-def randomize(module, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        scale = 0.3 if parameter.dim() == 1 else 1.5 * parameter[0].numel() ** -0.5
-        with torch.no_grad():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + (parameter == 1).float())
-    return module
 
 
 def make_tats(attention="trajectory", **kwargs):
