@@ -12,8 +12,9 @@ lists were pre-trained or fine-tuned on, the rows tell them apart.
 A cell is the mean over seeds and half the width of its 95 % interval (Student's t). With --baseline, the top-1 of
 equal seeds are compared by a paired t test: "ahead" or "behind" where the interval of the difference, over seeds and
 with the error of the test set, excludes 0; else "not decided", with the smallest difference that so many seeds find
-with a power of 80 %. "mean val" is the mean validation top-1 over the epochs of a fine-tuning: how fast it learns.
-Measures of tools/measure.py are shown where they were made. Flags that differ beside --by and the seed are named under
+with a power of 80 %. "mean val" is the mean validation top-1 over the epochs of a fine-tuning: how fast it learns; with
+--level 30, "epochs to 30 %" is how long it takes to reach that validation top-1 (a mean over runs of which one never
+does is a lower bound, shown with >). Measures of tools/measure.py are shown where they were made. Flags that differ beside --by and the seed are named under
 the table, and so are runs that are left out.
 
 Written: table.md, table.csv (all digits), runs.csv, curves.png, accuracy.png.
@@ -247,8 +248,30 @@ class Cells:
             self.numbers |= {f"{name}_wilson_low": low, f"{name}_wilson_high": high}
 
 
-def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None) -> Cells:
-    """Cells of a row but for its name. base: the row of the baseline, or None."""
+def epochs_to(run: Run, level: float) -> float | None:
+    """Epochs of training until the validation top-1 (%) reached the level, on the line between two validations, or None
+    where it never did."""
+    before, reached = 0.0, 0.0  # training ends an epoch of number e after e + 1 epochs
+    for epoch, value in zip(*run.curve("val_acc1"), strict=True):
+        if value >= level:
+            part = (level - reached) / (value - reached) if before else 1.0
+            return before + part * (epoch + 1 - before)
+        before, reached = epoch + 1, value
+    return None
+
+
+def add_epochs_to(cells: Cells, heading: str, name: str, runs: list[Run], level: float) -> None:
+    """The mean of epochs_to; a run that never got there counts with all its epochs, and makes the mean a bound."""
+    found = [epochs_to(run, level) for run in runs]
+    if None not in found:
+        cells.estimate(heading, name, found, 2, len(runs))
+        return
+    bound = average([run.args["epochs"] if epochs is None else epochs for run, epochs in zip(runs, found, strict=True)])
+    cells.add(heading, name, f"> {bound:.2f}", mean=bound, half_width=None, n=len(runs) - found.count(None))
+
+
+def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None, level: float | None = None) -> Cells:
+    """Cells of a row but for its name. base: the row of the baseline, or None; level: see epochs_to."""
     cells = Cells()
     first = row.runs.get(PRETRAINING, [])
     num_runs = len(first) or max(map(len, row.runs.values()), default=0)
@@ -269,6 +292,8 @@ def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None
             if k == 1:
                 means = [statistics.fmean(curve) if (curve := run.curve("val_acc1")[1]) else None for run in runs]
                 cells.estimate(f"{kind} mean val", f"{name}_mean_val", means, 2, num_runs)
+        if level is not None:
+            add_epochs_to(cells, f"{kind} epochs to {level:g} %", f"{name}_epochs_to_level", runs, level)
         if baseline:
             result = compared(row, base, kind) if base else None
             add_paired(cells, f"{kind} top-1 - {baseline}'s", f"{name}_minus_baseline", result)
@@ -438,7 +463,9 @@ def compare(args: argparse.Namespace) -> None:
         add_paper(rows, args.paper, args.by, args.data_set)
     kinds = [kind for kind in KINDS if any(kind in row.runs for row in rows)] or list(KINDS[:1])
     cells = [
-        summarise(row, args.baseline and find_baseline(row, rows, args.by, args.baseline), kinds, args.baseline)
+        summarise(
+            row, args.baseline and find_baseline(row, rows, args.by, args.baseline), kinds, args.baseline, args.level
+        )
         for row in rows
     ]
     write_tables(args, rows, cells, used, runs, left_out)
@@ -504,6 +531,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--paper", choices=list(paper_tables.BY), help="put the paper's figures beside the rows")
     parser.add_argument("--data_set", metavar="NAME", help="whose figures, of tables 1 and 5")
+    parser.add_argument("--level", type=float, metavar="TOP1", help="add the epochs of fine-tuning to this accuracy (%%)")
     parser.add_argument("--title", default="Comparison of runs", help="of table.md")
     return parser
 

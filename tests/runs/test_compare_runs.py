@@ -244,6 +244,11 @@ def test_measures_and_the_learning_curve_have_columns(tmp_path):
     assert float(table[0]["ridge_mean"]) == 21 and float(table[0]["error_moving_mean"]) == 0.5
     assert cell_of(text, "tube", "ridge").startswith("21.0 ± ") and "mask_ratio_mean" not in table[0]
     assert float(table[0]["fine_tuning_mean_val_mean"]) == pytest.approx(np.mean([47, 48, 49, 48, 49, 50]))
+    text, table, _ = compare(tmp_path, tmp_path, "--level", "47.5")  # on the way from 47 to 48; at the first validation
+    assert float(table[0]["fine_tuning_epochs_to_level_mean"]) == (1.5 + 1) / 2
+    text, table, _ = compare(tmp_path, tmp_path, "--level", "49.5")  # never, so all 3 epochs; from 49 to 50
+    assert float(table[0]["fine_tuning_epochs_to_level_mean"]) == (3 + 2.5) / 2
+    assert cell_of(text, "tube", "fine-tuning epochs to 49.5 %") == "> 2.75"
 
 
 # ---------------------------------------------------------------------------------------------- what belongs together
