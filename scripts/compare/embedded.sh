@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # make compare: masks on the embedded data at one mask ratio, measured and fine-tuned, beside training from scratch; a table
 # and pictures. Settings: scripts/compare/sweep.sh. More seeds are added by the same command, as SEEDS="0 1 2 3".
-export PRETRAIN_EPOCHS=${PRETRAIN_EPOCHS:-4} FINETUNE_EPOCHS=${FINETUNE_EPOCHS:-4} PROBE_EPOCHS=${PROBE_EPOCHS:-30}
+export PRETRAIN_EPOCHS=${PRETRAIN_EPOCHS:-4} FINETUNE_EPOCHS=${FINETUNE_EPOCHS:-8} PROBE_EPOCHS=${PROBE_EPOCHS:-30}
 export JOBS=${JOBS:-$(nproc)} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a thread a run costs least
 METHODS=${METHODS:-random tube motion adamae listwise scratch} MEASURE=${MEASURE-1}
 source "$(dirname "${BASH_SOURCE[0]}")/sweep.sh"

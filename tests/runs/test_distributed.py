@@ -138,6 +138,10 @@ def runs(tmp_path_factory, request) -> Runs:
     two.append(
         {"name": "normalized-start0-rollouts2", "flags": runs.flags("normalized-start0-rollouts2", "tats", 2, *flags)}
     )
+    listwise = ["--tats_objective", "listwise"]
+    for name, size, more in [("ddp", 4, []), ("zero2", 4, zero(2)), ("rollouts2", 2, ppo)]:
+        name = f"listwise-start0-{name}"
+        two.append({"name": name, "flags": runs.flags(name, "tats", size, *listwise, *more)})
     for name, more in [("ddp", []), ("zero1", zero(1)), ("zero3", zero(3)), ("ema", [*zero(2), "--model_ema"])]:
         name = f"finetune-{name}"
         two.append({"name": name, "flags": runs.finetune_flags(name, 4, *more), "finetunes": True})
@@ -154,6 +158,9 @@ def runs(tmp_path_factory, request) -> Runs:
     for name, size, more in [("one", 8, []), ("accumulated", 4, ["--accum_iter", 2]), ("rollouts1", 4, ppo)]:
         name = f"normalized-start0-{name}"
         one.append({"name": name, "flags": runs.flags(name, "tats", size, "--normalize_advantage", *more)})
+    for name, size, more in [("one", 8, []), ("rollouts1", 4, ppo)]:
+        name = f"listwise-start0-{name}"
+        one.append({"name": name, "flags": runs.flags(name, "tats", size, *listwise, *more)})
     one.append({"name": "finetune-one", "flags": runs.finetune_flags("finetune-one", 8), "finetunes": True})
     one.append({"name": "one-goes-on", "flags": runs.flags("two-to-one", "tube", 8)})
     if with_slow:
@@ -197,6 +204,18 @@ def test_normalised_advantages_do_not_depend_on_how_the_batch_is_shared_out(runs
         runs.losses(f"normalized-start0-{reference}"), rel=TOLERANCE
     )
     assert abs(logs[1][0]["train_policy_loss"]) < 1e-5 or reference != "one"  # the mean is 0 over the step
+
+
+@pytest.mark.parametrize("name, reference", [("ddp", "one"), ("zero2", "one"), ("rollouts2", "rollouts1")])
+def test_listwise_does_not_depend_on_how_the_batch_is_shared_out(runs, name, reference):
+    logs = [runs.log(f"listwise-start0-{run}") for run in (name, reference)]
+    for record, expected in zip(*logs, strict=True):
+        for value in ("train_policy_loss", "train_entropy", "train_sampler_grad_norm"):
+            assert record[value] == pytest.approx(expected[value], rel=1e-5), value
+        assert "train_value" not in record
+    assert logs[0][1]["train_entropy"] < logs[0][0]["train_entropy"] < 1  # the sampler learns
+    found, right = (runs.losses(f"listwise-start0-{run}") for run in (name, reference))
+    assert found == pytest.approx(right, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["tats-ddp", "finetune-ddp"])

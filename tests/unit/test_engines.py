@@ -43,11 +43,11 @@ class Batches:
         return iter(self.batches)
 
 
-def models(sampler_class):
+def models(sampler_class, **more):
     torch.manual_seed(0)
     mae = pretrain_videomae_tiny_patch8_64(img_size=16, all_frames=4, decoder_depth=1)
     settings = dict(num_heads=4, attention="trajectory") if sampler_class is TATS else dict(coef=1.0)
-    sampler = sampler_class(mae.grid, 0.5, 96, **settings)
+    sampler = sampler_class(mae.grid, 0.5, 96, **settings, **more)
     if sampler_class is TATS:
         torch.nn.init.normal_(sampler.actor.weight)  # away from uniform, so that a wrong policy shows
     for module in sampler.modules():  # AdaMAE's dropout would need the same random stream in both loops
@@ -105,7 +105,7 @@ def naive_tats(mae, tats, batches, settings: Phases, accum_iter: int):
             losses.append(loss.item())
             episodes.append((tokens, mask.masked, mask.log_prob.gather(1, mask.masked), error.detach(), mask.value))
         moments = {}  # of the advantages of each optimizer step of theta, in plain numbers
-        for first in range(0, len(episodes), accum_iter):
+        for first in range(0, len(episodes), accum_iter) if settings.normalize_advantage else ():
             step = episodes[first : first + accum_iter]
             flat = [r - v for *_, reward, value in step for row, v in zip(reward.tolist(), value.tolist(), strict=True)
                     for r in row]  # fmt: skip
@@ -114,16 +114,24 @@ def naive_tats(mae, tats, batches, settings: Phases, accum_iter: int):
         for _ in range(settings.epochs):
             for index, (tokens, masked, old, reward, old_value) in enumerate(episodes):
                 new = tats(None, None, tokens)
-                advantage = reward - old_value[:, None]
-                if settings.normalize_advantage:
-                    mean, deviation = moments[index - index % accum_iter]
-                    advantage = (advantage - mean) / deviation
-                ratio = (new.log_prob.gather(1, masked) - old).exp()
-                clipped = ratio.clamp(0.8, 1.2)
-                objective = torch.min(ratio * advantage, clipped * advantage).mean()
-                value_loss = ((new.value - reward.mean(1)) ** 2).mean()
-                entropy = -(new.log_prob.exp() * new.log_prob).sum(1).mean()
-                loss = -(1e-4 * objective - 1e-4 * value_loss + 1e-4 * entropy)
+                p = new.log_prob.exp()
+                if tats.objective == "listwise":
+                    target = (reward / tats.tau).exp() / (reward / tats.tau).exp().sum(1, keepdim=True)
+                    chosen = p.gather(1, masked) / p.gather(1, masked).sum(1, keepdim=True)
+                    loss = -(target * chosen.log()).sum(1).mean()
+                else:
+                    advantage = reward - old_value[:, None]
+                    if settings.normalize_advantage:
+                        mean, deviation = moments[index - index % accum_iter]
+                        advantage = (advantage - mean) / deviation
+                    ratio = (new.log_prob.gather(1, masked) - old).exp()
+                    clipped = ratio.clamp(0.8, 1.2)
+                    objective = torch.min(ratio * advantage, clipped * advantage).mean()
+                    value_loss = ((new.value - reward.mean(1)) ** 2).mean()
+                    bonus = -(p * new.log_prob).sum(1).mean()
+                    if tats.ppo["entropy_form"] == "uniform_kl":
+                        bonus = (p * p.shape[1]).log().mean()
+                    loss = -(1e-4 * objective - 1e-4 * value_loss + 1e-4 * bonus)
                 (loss / accum_iter).backward()
                 if (index + 1) % accum_iter == 0:
                     theta.step()
@@ -151,6 +159,23 @@ def test_tats_engine_is_algorithm_1(rollout, passes, accum_iter, normalize):
     loss = naive_tats(mae2, tats2, Batches().batches, settings, accum_iter)
     assert stats["loss"] == pytest.approx(loss, rel=1e-4)
     assert stats["reward"] == pytest.approx(loss, rel=1e-4)
+    assert not torch.allclose(start, tats2.actor.weight, atol=1e-3)
+    assert_same_weights(mae, mae2)
+    assert_same_weights(tats, tats2)
+
+
+@pytest.mark.parametrize("more", [{"objective": "listwise", "tau": 0.3}, {"entropy_form": "uniform_kl"}])
+@pytest.mark.parametrize("rollout,passes,accum_iter", [(1, 1, 1), (1, 1, 2), (3, 2, 1), (3, 1, 2)])
+def test_other_objectives_go_through_the_same_phases(rollout, passes, accum_iter, more, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.TATS_LR", 0.005 if "objective" in more else TATS_LR)  # no coefficient of 1e-4
+    mae, tats = models(TATS, **more)
+    mae2, tats2 = copy.deepcopy(mae), copy.deepcopy(tats)
+    settings = Phases(rollout_steps=rollout, epochs=passes)
+    stats = joint_training(mae, tats, Batches(), recipe_for(mae, accum_iter), settings, accum_iter=accum_iter)
+    start = copy.deepcopy(tats2.actor.weight)
+    loss = naive_tats(mae2, tats2, Batches().batches, settings, accum_iter)
+    assert stats["loss"] == pytest.approx(loss, rel=1e-4)
+    assert ("value" in stats) == ("objective" not in more)
     assert not torch.allclose(start, tats2.actor.weight, atol=1e-3)
     assert_same_weights(mae, mae2)
     assert_same_weights(tats, tats2)
