@@ -12,10 +12,10 @@ lists were pre-trained or fine-tuned on, the rows tell them apart.
 A cell is the mean over seeds and half the width of its 95 % interval (Student's t). With --baseline, the top-1 of
 equal seeds are compared by a paired t test: "ahead" or "behind" where the interval of the difference, over seeds and
 with the error of the test set, excludes 0; else "not decided", with the smallest difference that so many seeds find
-with a power of 80 %. "mean val" is the mean validation top-1 over the epochs of a fine-tuning: how fast it learns; with
---level 30, "epochs to 30 %" is how long it takes to reach that validation top-1 (a mean over runs of which one never
-does is a lower bound, shown with >). Measures of tools/measure.py are shown where they were made. Flags that differ beside --by and the seed are named under
-the table, and so are runs that are left out.
+with a power of 80 %. "mean val" is the mean validation top-1 over the epochs of a fine-tuning: how fast it learns.
+With --level 30, "epochs to 30 %" is how long it takes to reach that validation top-1; where a run never does, the mean
+is a lower bound, shown with >. Measures of tools/measure.py are shown where they were made. Flags that differ beside
+--by and the seed are named under the table, and so are runs that are left out.
 
 Written: table.md, table.csv (all digits), runs.csv, curves.png, accuracy.png.
 """
@@ -531,7 +531,9 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--paper", choices=list(paper_tables.BY), help="put the paper's figures beside the rows")
     parser.add_argument("--data_set", metavar="NAME", help="whose figures, of tables 1 and 5")
-    parser.add_argument("--level", type=float, metavar="TOP1", help="add the epochs of fine-tuning to this accuracy (%%)")
+    parser.add_argument(
+        "--level", type=float, metavar="TOP1", help="add the epochs of fine-tuning to this accuracy (%%)"
+    )
     parser.add_argument("--title", default="Comparison of runs", help="of table.md")
     return parser
 
