@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tools.common import replacing
 from tools.run_folders import KINDS, PRETRAINING, Run
-from tools.seed_statistics import interval
+from tools.seed_statistics import UNDECIDED, Paired, interval
 from utils import picture_text
 
 if TYPE_CHECKING:
@@ -78,6 +78,33 @@ def draw_accuracies(path: Path, rows: list[dict[str, list[Run]]], labels: list[s
         axes.set_xticks(range(len(shown)), [wrap(labels[index]) for index, _ in shown], rotation=30, ha="right")
         axes.set(title=f"{kind}: test top-1 (%)", xlim=(-0.5, len(shown) - 0.5))
         axes.grid(axis="y", alpha=0.3)
+    finish(figure, path, {})
+
+
+def draw_map(path: Path, found: dict[str, dict[tuple[str, str], Paired]], title: str) -> None:
+    """Where a method differs from the baseline: a panel for each, one cell for each (data set, mask ratio) with the
+    difference and half of its interval; bold where it is decided.
+
+    Args: found, {method: {(row, column): paired comparison}}; title, of what the differences are.
+    """
+    places = {place for cells in found.values() for place in cells}
+    lines, columns = (list(dict.fromkeys(sorted(place[i] for place in places))) for i in (0, 1))
+    bound = max(abs(result.difference) for cells in found.values() for result in cells.values()) or 1.0
+    figure, grid = new_figure(len(found))
+    figure.suptitle(title)
+    for axes, (method, cells) in zip(grid, found.items(), strict=True):
+        values = [[cells[y, x].difference if (y, x) in cells else float("nan") for x in columns] for y in lines]
+        axes.imshow(values, cmap="RdBu", vmin=-bound, vmax=bound, aspect="auto")
+        for (y, x), result in cells.items():
+            text = f"{result.difference:+.1f}\n± {result.width:.1f}, {result.pairs} pairs"
+            pale = abs(result.difference) < 0.6 * bound
+            axes.text(
+                columns.index(x), lines.index(y), text, ha="center", va="center", color="black" if pale else "white",
+                weight="bold" if result.verdict != UNDECIDED else "normal", fontsize=9,
+            )  # fmt: skip
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(lines)), [wrap(line) for line in lines])
+        axes.set(title=wrap(method), xlabel="mask ratio")
     finish(figure, path, {})
 
 

@@ -17,13 +17,13 @@ With --level 30, "epochs to 30 %" is how long it takes to reach that validation 
 is a lower bound, shown with >. Measures of tools/measure.py are shown where they were made. Flags that differ beside
 --by and the seed are named under the table, and so are runs that are left out.
 
-Written: table.md, table.csv (all digits), runs.csv, curves.png, accuracy.png.
+Written: table.md, table.csv (all digits), runs.csv, curves.png, accuracy.png; map.png with the differences from
+--baseline, where there are several data sets or mask ratios.
 """
 
 import argparse
 import csv
 import io
-import math
 import os
 import statistics
 import sys
@@ -38,7 +38,7 @@ if __name__ == "__main__":
 from run_mae_pretraining import SAMPLERS
 from tools import paper_tables
 from tools.common import Formatter, run_tool, write_text
-from tools.compare_pictures import draw_accuracies, draw_curves
+from tools.compare_pictures import draw_accuracies, draw_curves, draw_map
 from tools.run_folders import (
     KINDS,
     PRETRAINING,
@@ -50,7 +50,7 @@ from tools.run_folders import (
     settings,
     value_of,
 )
-from tools.seed_statistics import Paired, interval, paired, wilson
+from tools.seed_statistics import UNDECIDED, Paired, interval, paired, wilson
 from utils import UsageError
 
 METRICS = {
@@ -307,20 +307,15 @@ def add_paired(cells: Cells, heading: str, name: str, result: Paired | None) -> 
         parts = ("difference", "low", "high", "p", "pairs", "test_error", "detectable", "verdict")
         cells.add(heading, name, "-", **dict.fromkeys(parts))
         return
-    width = math.hypot(result.half, result.test_error)
     low, high = result.difference - result.half, result.difference + result.half
-    if abs(result.difference) > width:
-        verdict = "ahead" if result.difference > 0 else "behind"
-    else:
-        verdict = "not decided"
     text = f"{result.difference:+.2f} ({low:.2f} to {high:.2f}"
     text += f"; p {'-' if result.p is None else f'{result.p:.2g}'}, {result.pairs} pairs"
-    text += f"; test set ± {result.test_error:.1f}): {verdict}"
-    if verdict == "not decided":
+    text += f"; test set ± {result.test_error:.1f}): {result.verdict}"
+    if result.verdict == UNDECIDED:
         text += f", {result.detectable:.1f} would be found"
     cells.add(
         heading, name, text, difference=result.difference, low=low, high=high, p=result.p, pairs=result.pairs,
-        test_error=result.test_error, detectable=result.detectable, verdict=verdict,
+        test_error=result.test_error, detectable=result.detectable, verdict=result.verdict,
     )  # fmt: skip
 
 
@@ -469,7 +464,8 @@ def compare(args: argparse.Namespace) -> None:
         for row in rows
     ]
     write_tables(args, rows, cells, used, runs, left_out)
-    write_pictures(args.output, rows, labels_of(name_rows(rows, args.by, args.paper == "table2")))
+    named = name_rows(rows, args.by, args.paper == "table2")
+    write_pictures(args.output, rows, labels_of(named), differences_by_place(rows, named, args))
 
 
 def write_tables(
@@ -502,14 +498,36 @@ def write_tables(
     print(f"wrote table.md, table.csv and runs.csv to {output}")
 
 
-def write_pictures(output: str, rows: list[Row], labels: list[str]) -> None:
-    """curves.png and accuracy.png, each where there is something to draw. labels: one per row."""
+def differences_by_place(
+    rows: list[Row], named: list[dict[str, str]], args: argparse.Namespace
+) -> dict[str, dict[tuple[str, str], Paired]]:
+    """{method: {(data set, mask ratio): comparison of fine-tuning with the baseline}}; empty for a single place."""
+    found = defaultdict(dict)
+    for row, names in zip(rows, named, strict=True) if args.baseline else ():
+        place = names.get("to", names.get("from", "")), names.get("mask_ratio", "")
+        method = [
+            value for name, value in names.items() if name not in ("to", "from", "mask_ratio") and value != UNREAD
+        ]
+        base = find_baseline(row, rows, args.by, args.baseline)
+        result = compared(row, base, KINDS[0]) if base else None
+        if result:
+            found[", ".join(method)][place] = result
+    return dict(found) if len({place for cells in found.values() for place in cells}) > 1 else {}
+
+
+def write_pictures(
+    output: str, rows: list[Row], labels: list[str], differences: dict[str, dict[tuple[str, str], Paired]]
+) -> None:
+    """curves.png, accuracy.png and map.png, each where there is something to draw. labels: one per row."""
     runs = [row.runs for row in rows]
     kinds = [kind for kind in KINDS if any(kind in of_row for of_row in runs)]
     written = ["curves.png"] if draw_curves(Path(output, "curves.png"), runs, labels) else []
     if kinds:
         draw_accuracies(Path(output, "accuracy.png"), runs, labels, kinds)
         written.append("accuracy.png")
+    if differences:
+        draw_map(Path(output, "map.png"), differences, "fine-tuning: test top-1 - the baseline's (%)")
+        written.append("map.png")
     print(f"wrote {' and '.join(written)} to {output}")
 
 

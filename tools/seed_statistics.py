@@ -1,7 +1,10 @@
 """What a few seeds tell: intervals and the paired test."""
 
+import math
 import statistics
 from typing import NamedTuple
+
+UNDECIDED = "not decided"
 
 
 def interval(values: list[float]) -> tuple[float, float | None]:
@@ -33,6 +36,18 @@ class Paired(NamedTuple):
     pairs: int
     test_error: float  # see error_of_test; 0 where the number of videos is not known
     detectable: float  # see detectable
+
+    @property
+    def width(self) -> float:
+        """Half the width of the interval with both errors, of the seeds and of the test set."""
+        return math.hypot(self.half, self.test_error)
+
+    @property
+    def verdict(self) -> str:
+        """ "ahead" or "behind" where that interval excludes 0, else UNDECIDED."""
+        if abs(self.difference) <= self.width:
+            return UNDECIDED
+        return "ahead" if self.difference > 0 else "behind"
 
 
 def paired(ours: list[float], theirs: list[float], videos: int | None = None) -> Paired:

@@ -481,6 +481,29 @@ def test_panels_hold_means_and_bands_of_the_seeds(tmp_path, campaign, monkeypatc
     assert sorted(dots) == sorted(TUBE)
 
 
+def test_the_map_has_a_cell_for_each_data_set_and_ratio(tmp_path, monkeypatch):
+    from tools import compare_pictures
+
+    figures = {}
+    monkeypatch.setattr(compare_pictures, "finish", lambda figure, path, handles: figures.update({path.stem: figure}))
+    gains = {("small", "0.75"): 20.0, ("small", "0.9"): 1.0, ("large", "0.9"): -8.0}
+    for (data, ratio), gain in gains.items():
+        for seed in range(3):
+            for method, acc1 in (("tube", 40.0 + seed), ("random", 40.0 + gain + 0.5 * seed)):
+                name, flags = f"{data}{ratio}{method}{seed}", ("--data_path", f"data/{data}", "--seed", str(seed))
+                source = pretrain(tmp_path, name, "--mask_type", method, "--mask_ratio", ratio, *flags)
+                finetune(tmp_path, f"{name}_ft", source, *flags, acc1=acc1, videos=10_000)
+    compare(tmp_path, tmp_path, "--baseline", "tube")
+    (axes,) = (axes for axes in figures["map"].axes if axes.has_data())  # the baseline has no panel
+    assert axes.get_title() == "random"
+    texts = {(text.get_position()[::-1], text.get_weight()): text.get_text().split("\n")[0] for text in axes.texts}
+    assert texts == {((1, 0), "bold"): "+19.5", ((1, 1), "normal"): "+0.5", ((0, 1), "bold"): "-8.5"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["large", "small"]
+    values = axes.images[0].get_array().filled(np.nan)
+    np.testing.assert_allclose(values, [[np.nan, -8.5], [19.5, 0.5]])
+    assert "map" not in {path.stem for path in (tmp_path / "out").glob("*.png")}
+
+
 def test_panels_without_data_are_left_out(tmp_path):
     finetune(tmp_path, "fresh", None, "--disable_eval_during_finetuning")
     log = tmp_path / "fresh" / "log.txt"
