@@ -10,6 +10,8 @@ for each pre-training run below the folders writes measures.json beside its newe
     knn                   top-1 (%) of the 20 nearest training clips by cosine
     motion_auc            how well a ridge regression on a token's features tells whether a moving shape covers it, as
                           area under the ROC curve (0.5: not at all); only where --data_path has masks/
+    motion_r2             how well it tells where the shape moves: share of the variance of the shape's displacement
+                          (1: all, 0: none), over the tokens that it covers; as motion_auc
     error_moving, error_still   reconstruction error under the same random masks for every run: of the tokens whose
                           frame difference is above their clip's mean, and of the others
 """
@@ -92,8 +94,8 @@ def read_clips(paths: list[str], args: argparse.Namespace) -> Tensor:
     return torch.stack([read_clip(path, args) for path in paths])
 
 
-def read_coverage(paths: list[str], trained: Trained) -> Tensor | None:
-    """Share of each token's pixels that a moving shape covers, float32 [n, N], or None where there are no masks."""
+def read_masks(paths: list[str], trained: Trained) -> Tensor | None:
+    """Where moving shapes are in the middle clips, bool [n, T, H, W], or None where there are no masks."""
     masks = [Path(path).parent.parent / "masks" / f"{Path(path).stem}.npz" for path in paths]
     if not all(path.is_file() for path in masks):
         return None
@@ -101,11 +103,47 @@ def read_coverage(paths: list[str], trained: Trained) -> Tensor | None:
     for path in masks:
         mask = np.load(path)["mask"]
         found.append(torch.from_numpy(mask[middle_frames(len(mask), trained.args)]))
-    covered = torch.stack(found).float().unsqueeze(1)  # [n, 1, T, H, W]
+    return torch.stack(found)
+
+
+def coverage(masks: Tensor, trained: Trained) -> Tensor:
+    """Share of each token's pixels that a moving shape covers, float32 [n, N]; masks as of read_masks."""
+    covered = masks.float().unsqueeze(1)
     covered = torch.nn.functional.interpolate(covered, (covered.shape[2], *2 * [trained.args.input_size]))
     grid = trained.mae.grid
     kernel = tuple(size // cells for size, cells in zip(covered.shape[2:], grid, strict=True))
     return torch.nn.functional.avg_pool3d(covered, kernel).flatten(1)
+
+
+def displacement(masks: Tensor, trained: Trained) -> Tensor:
+    """Of the moving shape from the first to the last frame of each token, in sides of the frame, down and to the right:
+    float64 [n, N, 2]; masks as of read_masks. The centres are means on the circle, as the shapes move on a torus."""
+    shifts = []
+    for axis in (2, 3):
+        length = masks.shape[axis]
+        profile = masks.sum(dim=5 - axis).to(torch.complex128)  # [n, T, length]
+        turns = torch.exp(2j * torch.pi * torch.arange(length, dtype=torch.float64) / length)
+        centre = (profile * turns).sum(-1).unflatten(1, (trained.mae.grid[0], -1))  # [n, t, frames of a token]
+        shifts.append(torch.angle(centre[..., -1] * centre[..., 0].conj()) / (2 * torch.pi))
+    _, height, width = trained.mae.grid
+    return torch.stack(shifts, dim=-1).repeat_interleave(height * width, dim=1)
+
+
+def probe_motion(sides: list[tuple[Tensor, Tensor]], trained: Trained) -> dict[str, float]:
+    """motion_auc and motion_r2 of (features [n, N, D], masks) to train and to test on."""
+    covered = [coverage(masks, trained).flatten() > 0.5 for _, masks in sides]
+    inputs, outputs = standardized(*(features.flatten(0, 1) for features, _ in sides))
+    seen = covered[0].double().unsqueeze(1)
+    weights = fit_ridge(inputs, seen - seen.mean(), PENALTIES[4])
+    auc = area_under_roc((outputs @ weights).squeeze(1), covered[1])
+    inputs, outputs = standardized(
+        *(features.flatten(0, 1)[c] for (features, _), c in zip(sides, covered, strict=True))
+    )
+    moved = [displacement(masks, trained).flatten(0, 1)[c] for (_, masks), c in zip(sides, covered, strict=True)]
+    mean = moved[0].mean(0)
+    predicted = mean + outputs @ fit_ridge(inputs, moved[0] - mean, PENALTIES[4])
+    r2 = 1 - (moved[1] - predicted).square().sum() / (moved[1] - mean).square().sum()
+    return {"motion_auc": auc, "motion_r2": r2.item()}
 
 
 @torch.no_grad()
@@ -156,15 +194,9 @@ def measure(trained: Trained, data_path: Path, mask_ratio: float) -> dict[str, f
     for count in FEW_LABELS:
         if count < len(label):
             found[f"ridge_{count}"] = ridge_accuracy(train.mean(1)[:count], label[:count], *pooled[2:])
-    coverage = [read_coverage(paths[:300], trained) for paths, _ in lists]
-    if all(x is not None for x in coverage):
-        (inputs, seen), (outputs, truth) = [
-            (x[: len(cover)].flatten(0, 1), cover.flatten() > 0.5)
-            for x, cover in zip((train, test), coverage, strict=True)
-        ]
-        inputs, outputs = standardized(inputs, outputs)
-        weights = fit_ridge(inputs, seen.double().unsqueeze(1) - seen.double().mean(), PENALTIES[4])
-        found["motion_auc"] = area_under_roc((outputs @ weights).squeeze(1), truth)
+    masks = [read_masks(paths[:300], trained) for paths, _ in lists]
+    if all(x is not None for x in masks):
+        found |= probe_motion([(x[: len(m)], m) for x, m in zip((train, test), masks, strict=True)], trained)
     clips = read_clips(lists[1][0], trained.args)
     found["error_moving"], found["error_still"] = reconstruction_errors(trained, clips, mask_ratio)
     return found

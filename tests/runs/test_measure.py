@@ -61,7 +61,7 @@ def test_runs_are_measured_once_and_alike(trained, capsys):
     arguments = [str(trained), "--data_path", str(trained / "shapes")]
     measure.main(arguments)
     found = json.loads((trained / "tats/measures.json").read_text())
-    assert {"ridge", "ridge_frames", "knn", "motion_auc", "error_moving", "error_still"} <= found.keys()
+    assert {"ridge", "ridge_frames", "knn", "motion_auc", "motion_r2", "error_moving", "error_still"} <= found.keys()
     assert found["checkpoint"] == "checkpoint-0.pth" and 0.3 < found["motion_auc"] <= 1
     capsys.readouterr()
     measure.main(arguments)
@@ -96,7 +96,36 @@ def test_coverage_is_the_share_of_a_tokens_pixels(trained):
     frames = measure.middle_frames(len(mask), vis.args)
     expected = [mask[frames[2 * t : 2 * t + 2], 8 * y : 8 * y + 8, 8 * x : 8 * x + 8].mean()
                 for t in range(2) for y in range(4) for x in range(4)]  # fmt: skip
-    np.testing.assert_allclose(measure.read_coverage([path], vis)[0].numpy(), expected, atol=1e-6)
+    found = measure.coverage(measure.read_masks([path], vis), vis)
+    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-6)
+
+
+def test_displacement_is_that_of_a_disc_across_the_border(trained):
+    vis = measure.Trained(str(trained / "tube"), [])
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    masks = torch.stack([
+        ((y - cy + 16) % 32 - 16) ** 2 + ((x - cx + 16) % 32 - 16) ** 2 <= 25
+        for cy, cx in [(4, 30), (6, 33), (20, 1), (15, 1)]  # two tokens of two frames; the first crosses the border
+    ])[None]  # fmt: skip
+    found = measure.displacement(masks, vis).unflatten(1, (2, 16))
+    expected = torch.tensor([[2.0, 3.0], [-5.0, 0.0]], dtype=torch.float64) / 32
+    torch.testing.assert_close(found[0], expected[:, None].expand(2, 16, 2), rtol=0, atol=1e-9)
+
+
+def test_the_motion_probe_finds_what_features_say(trained):
+    """Features that are the answers, and features that are noise."""
+    vis = measure.Trained(str(trained / "tube"), [])
+    sides, blind = [], []
+    for split, count in (("train", 40), ("val", 20)):
+        paths = sorted(str(path) for path in (trained / "shapes/videos").glob(f"{split}*"))
+        masks = measure.read_masks(paths, vis)
+        answers = torch.cat([measure.displacement(masks, vis), measure.coverage(masks, vis)[..., None]], dim=2)
+        noise = torch.randn(count, 32, 3, generator=torch.Generator().manual_seed(count))
+        sides.append((answers + 1e-4 * noise, masks))
+        blind.append((noise, masks))
+    found, chance = measure.probe_motion(sides, vis), measure.probe_motion(blind, vis)
+    assert found["motion_auc"] > 0.99 and found["motion_r2"] > 0.9
+    assert abs(chance["motion_auc"] - 0.5) < 0.15 and chance["motion_r2"] < 0.1
 
 
 def test_what_cannot_be_measured_is_said(trained, tmp_path):
