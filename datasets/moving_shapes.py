@@ -33,7 +33,6 @@ KINDS = (
 OUTLINES = ("disc", "square", "triangle", "star", "ring")
 FPS = 16
 VERSION = 2  # raise it when the same settings start to give other clips
-SHAPE_WAVE = (1 / 8, 1 / 4)  # sides: no patch of 1/8 of the side is flat in a shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +43,13 @@ class Look:
 
     shape_size: tuple[float, float] = (0.175, 0.28)  # range of a shape's radius
     num_shapes: int = 1  # shapes that move as the label says
-    background_wave: tuple[float, float] = (0.75, 1.5)  # range of the background's wavelengths
+    shape_wave: tuple[float, float] = (0.125, 0.25)  # range of the wavelengths in a shape
+    background_wave: tuple[float, float] = (0.75, 1.5)  # and in the background
     camera: float = 0.0  # speed at which background and shapes pan together, in a random direction
     distractors: int = 0  # shapes that move in a kind of their own, drawn without the label
 
     def __post_init__(self):
-        for name in ("shape_size", "background_wave"):
+        for name in ("shape_size", "shape_wave", "background_wave"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 100:
                 raise ValueError(f"--{name} {low} {high}: two lengths in sides, 0 < least <= most <= 100")
@@ -65,7 +65,7 @@ class Look:
 
 
 def draw_texture(
-    rng: np.random.Generator, size: int, mean: np.ndarray, wave: tuple[float, float] = SHAPE_WAVE
+    rng: np.random.Generator, size: int, mean: np.ndarray, wave: tuple[float, float]
 ) -> dict[str, np.ndarray]:
     """A band-limited texture in shades of one colour: dict(mean [3], wave [K, 2] in radians per pixel, phase [K],
     colour [K, 3]).
@@ -117,17 +117,20 @@ def signed_distance(outline: str, x: np.ndarray, y: np.ndarray, radius: float) -
 
 
 def draw_shape(
-    rng: np.random.Generator, size: int, background_mean: np.ndarray, shape_size: tuple[float, float] = Look.shape_size
+    rng: np.random.Generator,
+    size: int,
+    background_mean: np.ndarray,
+    look: Look = Look(),  # noqa: B008  a constant
 ) -> dict[str, Any]:
-    """One shape: its look, start, speed and swing, drawn without the kind of motion. shape_size: see Look."""
+    """One shape: its look, start, speed and swing, drawn without the kind of motion."""
     while True:  # a mean colour that a person can tell from the background's
         mean = rng.uniform(0.25, 0.75, 3)
         if np.linalg.norm(mean - background_mean) > 0.3:
             break
     return dict(
         outline=OUTLINES[rng.integers(len(OUTLINES))],
-        texture=draw_texture(rng, size, mean),
-        radius=rng.uniform(*shape_size) * size,
+        texture=draw_texture(rng, size, mean, look.shape_wave),
+        radius=rng.uniform(*look.shape_size) * size,
         speed=rng.uniform(1.5, 3.0) * size / 64,  # pixels a frame: root mean square over time, at the rim for a spin
         swing=rng.uniform(6.0, 12.0) * size / 64,  # radius of an orbit, amplitude of a shake
         centre=rng.uniform(0, size, 2),
@@ -175,8 +178,8 @@ def render_clip(
     """
     mean = rng.uniform(0.3, 0.7, 3)
     texture = draw_texture(rng, size, mean, look.background_wave)
-    shapes = [(draw_shape(rng, size, mean, look.shape_size), kind) for _ in range(look.num_shapes)]
-    distractors = [(draw_shape(rng, size, mean, look.shape_size), KINDS[rng.integers(len(KINDS))])
+    shapes = [(draw_shape(rng, size, mean, look), kind) for _ in range(look.num_shapes)]
+    distractors = [(draw_shape(rng, size, mean, look), KINDS[rng.integers(len(KINDS))])
                    for _ in range(look.distractors)]  # fmt: skip
     direction = rng.uniform(0, 2 * math.pi)
     pan = look.camera * size * np.arange(frames)[:, None, None]  # [F, 1, 1], pixels
@@ -301,6 +304,8 @@ def main() -> None:
     parser.add_argument("--shape_size", type=float, nargs=2, default=list(Look.shape_size), metavar=("LEAST", "MOST"),
                         help="radius of a shape in sides of the frame")  # fmt: skip
     parser.add_argument("--num_shapes", type=int, default=Look.num_shapes, help="shapes that move as the label says")
+    parser.add_argument("--shape_wave", type=float, nargs=2, default=list(Look.shape_wave), metavar=("LEAST", "MOST"),
+                        help="wavelengths of the texture of a shape in sides")  # fmt: skip
     parser.add_argument("--background_wave", type=float, nargs=2, default=list(Look.background_wave),
                         metavar=("LEAST", "MOST"), help="wavelengths of the background in sides")  # fmt: skip
     parser.add_argument("--camera", type=float, default=Look.camera, help="pan of the whole scene, sides per frame")

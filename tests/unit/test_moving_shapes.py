@@ -196,7 +196,7 @@ def draw_shape_of(seed, size):
     rng = np.random.default_rng(seed)
     mean = rng.uniform(0.3, 0.7, 3)
     draw_texture(rng, size, mean, Look.background_wave)
-    return draw_shape(rng, size, mean, (0.1, 0.1))
+    return draw_shape(rng, size, mean, Look(shape_size=(0.1, 0.1)))
 
 
 def test_more_shapes_cover_more_and_distractors_are_not_in_the_mask():
