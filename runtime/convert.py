@@ -431,3 +431,32 @@ def from_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
                 renamed[f"{prefix}{part}_bias"] = renamed.pop(f"{prefix}{full}.bias")
         renamed.pop(f"{prefix}key.bias", None)
     return renamed
+
+
+def to_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of from_huggingface: names of transformers' files, where the biases of queries and values are called
+    q_bias and v_bias, as in those of the VideoMAE authors. Keys have none. weights: of a pre-training model or a
+    classifier, the encoder's with "encoder." in front."""
+    renames = (
+        (r"^encoder\.patch_embed\.proj", "videomae.embeddings.patch_embeddings.projection"),
+        (r"^encoder\.blocks\.", "videomae.encoder.layer."),
+        (r"^encoder\.norm\.", "videomae.layernorm."),
+        (r"^decoder\.blocks\.", "decoder.decoder_layers."),
+        (r"\.norm1\.", ".layernorm_before."),
+        (r"\.norm2\.", ".layernorm_after."),
+        (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"\.attn\.", ".attention.attention."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+        (r"^head\.", "classifier."),
+    )
+    renamed = {}
+    for name, value in weights.items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        if name.endswith(".qkv.weight"):
+            parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
+            renamed |= {name.replace("qkv", part): piece.contiguous() for part, piece in parts}
+        else:
+            renamed[name] = value.contiguous()
+    return renamed
