@@ -13,8 +13,8 @@ VideoMAE's names and a learned sampler beside them, or inside the encoder as Ada
     README.md                        model card: method, data, settings, and numbers of the run's args.json, test.json
     args.json, sampler.safetensors   the run's flags without paths, and a learned sampler: this project reads them back
 
-Where transformers is installed, the folder is opened with it: all weights have to arrive, and the outputs for a random
-clip are compared. A learned table of positions is refused, because transformers' models have none. Flags of
+Where transformers can be imported, the folder is opened with it: all weights have to arrive, and the outputs for a
+random clip are compared. A learned table of positions is refused, because transformers' models have none. Flags of
 run_mae_pretraining.py or run_class_finetuning.py (--model, --num_frames, ...) override those in the checkpoint.
 """
 
@@ -307,8 +307,8 @@ def open_with_transformers(folder: Path, checkpoint: Checkpoint) -> str:
     UsageError where weights do not arrive."""
     try:
         import transformers
-    except ImportError:
-        return "not opened with transformers, which is not installed"
+    except ImportError as error:
+        return f"not opened with transformers, which cannot be imported ({str(error).strip().splitlines()[0]})"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     theirs = getattr(transformers, checkpoint.kind).from_pretrained(folder).eval()

@@ -7,7 +7,8 @@
   HMDB51        CLASS_test_splitK.txt of all classes (1 = train.csv, 2 = val.csv, 0 = unused)
   SSV2          labels.json, train.json, validation.json, test.json, or with something-something-v2- in front
   Kinetics-400, -600, -700
-                train.csv, validate.csv or val.csv, test.csv, label_map.txt (without it: all labels in order)
+                train.csv, validate.csv or val.csv, test.csv, label_map.txt (without it: all labels in order), and
+                k710_identical_label_merge.json, where label_map.txt is VideoMAE V2's, with its names of the classes
   Diving48      Diving48_V2_train.json, Diving48_V2_test.json (becomes val.csv), Diving48_vocab.json
   EPIC-100-verb, EPIC-100-noun
                 EPIC_100_train.csv, EPIC_100_validation.csv, EPIC_100_test_timestamps.csv, and
@@ -141,6 +142,8 @@ def read_kinetics(folder: str, split: int) -> tuple[list[str], Splits]:
     else:
         classes = sorted({row["label"] for rows in files.values() for _, row in rows if row.get("label")})
     ids = {name: label for label, name in enumerate(classes)}
+    merge = find_file(folder, ("k710_identical_label_merge",), ".json", required=False)
+    renamed = load_json(merge, dict) if merge else {}
     splits = {name: [] for name in files}
     for name, rows in files.items():
         for where, row in rows:
@@ -149,7 +152,8 @@ def read_kinetics(folder: str, split: int) -> tuple[list[str], Splits]:
             except (TypeError, ValueError):
                 raise UsageError(f"{where}: no whole seconds in {excerpt(str(row))}") from None
             group = row.get("label") or ""
-            label = label_of(ids, group, where) if group or name != "test" else -1
+            listed = group if group in ids else str(renamed.get(group, group))
+            label = label_of(ids, listed, where) if group or name != "test" else -1
             names = f"{row['youtube_id']}_{start:06d}_{end:06d}", row["youtube_id"]
             splits[name].append(Entry(label, group, names, ".mp4"))
     return classes, splits

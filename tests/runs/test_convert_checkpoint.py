@@ -100,6 +100,9 @@ def test_a_pretraining_run_to_a_folder_and_back(mask_type, pretrained, tmp_path,
     mask = Mask(order[:, :8].sort(dim=1).values, order[:, 8:].sort(dim=1).values)
     with torch.no_grad():
         agree(ours.mae(a_clip(), mask), theirs(a_clip().transpose(1, 2), bool_masked_pos=mask.hidden()).logits)
+        encoder = transformers.AutoModel.from_pretrained(folder).eval()
+        everything = Mask(torch.arange(32).expand(2, -1), torch.empty(2, 0, dtype=torch.long))
+        agree(ours.mae.encoder(a_clip(), everything), encoder(a_clip().transpose(1, 2)).last_hidden_state)
     said = json.loads((folder / "preprocessor_config.json").read_text())
     assert said["image_mean"] == said["image_std"] == [0.5] * 3 and (said["num_frames"], said["sampling_rate"]) == (
         4,
@@ -259,7 +262,7 @@ def test_a_release_that_reads_biases_as_zeros_is_noticed(finetuned, tmp_path, mo
 def test_without_transformers_the_folder_is_not_called_checked(finetuned, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     folder = convert(finetuned, tmp_path / "hub")
-    assert_names(capsys.readouterr().out, "transformers", "not installed")
+    assert_names(capsys.readouterr().out, "transformers", "cannot be imported")
     assert len(safetensors.torch.load_file(folder / "model.safetensors")) == 66  # 58, and q, k, v apart in 4 blocks
 
 
