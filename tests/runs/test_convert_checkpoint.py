@@ -134,13 +134,14 @@ def test_adamaes_own_file_to_a_folder_and_back(pretrained, tmp_path):
     state = torch.load(pretrained / "adamae/checkpoint-0.pth", weights_only=True)
     model = state["model"] | {f"encoder.{name}": value for name, value in state["adamae"].items()}
     args = argparse.Namespace(model=ARGUMENTS[1], decoder_depth=1, mask_type="learnable", input_size=32, num_frames=4,
-                              patch_size=(8, 8), normlize_target=True, device="cuda")  # fmt: skip
+                              patch_size=(8, 8), normlize_target=False, device="cuda")  # fmt: skip
     torch.save({"model": model, "args": args}, tmp_path / "ada.pth")
     folder = convert(tmp_path / "ada.pth", tmp_path / "hub")
     assert same(load_checkpoint(convert(folder, tmp_path / "a.pth", "--layout", "adamae"))["model"], model)
     back = load_checkpoint(convert(folder, tmp_path / "b.pth"))
     assert same(back["model"], state["model"]) and same(back["adamae"], state["adamae"])
-    assert back["args"]["mask_type"] == "adamae"
+    assert back["args"]["mask_type"] == "adamae" and back["args"]["normalize_target"] is False
+    assert json.loads((folder / "config.json").read_text())["norm_pix_loss"] is False
     message = refusal(pretrained / "tube", tmp_path / "c.pth", "--layout", "adamae")
     assert_names(message, "--layout adamae", pretrained / "tube/checkpoint-0.pth")
     assert not (tmp_path / "c.pth").exists()
@@ -155,6 +156,8 @@ def test_a_finetuned_run_opens_in_transformers(finetuned, shapes, tmp_path, caps
     theirs = transformers.AutoModelForVideoClassification.from_pretrained(folder).eval()
     source = torch.load(finetuned / "checkpoint-0.pth", weights_only=True)
     assert same(from_huggingface(theirs.state_dict()), named_from_encoder(source["model"]))
+    norms = [module for module in theirs.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert [norm.eps for norm in norms] == [1e-6] * 8 + [1e-5]  # the last is fc_norm, whatever the folder says
     assert theirs.config.id2label == {**dict(enumerate(NAMES[:8])), 8: "twice (8)", 9: "twice (9)"}
     args = run_class_finetuning.get_parser().parse_args(finetuning_flags(shapes))
     run_class_finetuning.check_flags(args)
