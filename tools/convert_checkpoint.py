@@ -104,10 +104,9 @@ def read_checkpoint(flags: argparse.Namespace, overrides: list[str]) -> Checkpoi
     args = parse_flags(kind, saved, overrides, weights, samplers, path)
     build = run_mae_pretraining.build_mae if kind == PRETRAINING else build_classifier
     model = build(args).eval()
-    own = weights if kind == PRETRAINING else {n.removeprefix("encoder."): value for n, value in weights.items()}
-    load_weights(model, own, path)
-    if kind == CLASSIFICATION and not names:
-        folder = flags.lists or (lists_folder(saved) if saved else "")
+    load_weights(model, named_as_ours(weights, kind), path)
+    folder = flags.lists or lists_folder(saved)
+    if kind == CLASSIFICATION and folder is not None and (flags.lists or not names):
         names = class_names(folder, args.nb_classes)
         names = names if names != [str(label) for label in range(args.nb_classes)] else None
     saved = {name: value for name, value in saved.items() if name not in PATHS}
@@ -144,10 +143,15 @@ def build_classifier(args: argparse.Namespace) -> nn.Module:
     return run_class_finetuning.build_classifier(args, None)
 
 
-def lists_folder(saved: dict) -> str:
-    """Of the test or validation list of a run, where classes.txt is looked for."""
-    path = saved.get("test_data_path") or saved.get("eval_data_path") or saved.get("data_path") or ""
-    return path if os.path.isdir(path) else os.path.dirname(path)
+def named_as_ours(weights: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Under the names of our module, and of VideoMAE's files: a classifier's have no "encoder."."""
+    return weights if kind == PRETRAINING else {n.removeprefix("encoder."): value for n, value in weights.items()}
+
+
+def lists_folder(saved: dict) -> str | None:
+    """Of the test, validation or training list of a run, where classes.txt is looked for; None where none is named."""
+    path = saved.get("test_data_path") or saved.get("eval_data_path") or saved.get("data_path")
+    return path if path is None or os.path.isdir(path) else os.path.dirname(path)
 
 
 # ------------------------------------------------------------------------------------------------ to a .pth file
@@ -155,14 +159,12 @@ def lists_folder(saved: dict) -> str:
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint, layout: str) -> None:
     """{"model", "args"} and the sampler: beside them under its name, or in AdaMAE's layout inside the encoder."""
-    prefix = "" if checkpoint.kind == CLASSIFICATION else "encoder."
-    model = {prefix + n.removeprefix("encoder.") if n.startswith("encoder.") else n: value
-             for n, value in checkpoint.weights.items()}  # fmt: skip
+    model = named_as_ours(checkpoint.weights, checkpoint.kind)
     state = {"model": model, "args": checkpoint.saved, **checkpoint.samplers}
     if layout == "adamae":
         if "adamae" not in state:
             raise UsageError(f"--layout adamae: {checkpoint.path} has no AdaMAE sampler")
-        state["model"] |= {f"encoder.{name}": value for name, value in state.pop("adamae").items()}
+        state["model"] = model | {f"encoder.{name}": value for name, value in state.pop("adamae").items()}
     if checkpoint.names:
         state["class_names"] = checkpoint.names
     save_checkpoint(path, state)

@@ -304,8 +304,10 @@ def test_nothing_is_written_over(finetuned, tmp_path):
         assert_names(refusal(finetuned, output), f"--output {output}")
         assert output.stat().st_mtime_ns == before
     assert_names(refusal(finetuned, tmp_path / "no/hub"), f"--output {tmp_path / 'no/hub'}")
+    (tmp_path / "classes.txt").write_text("\n".join("abcdefghij"))
     (tmp_path / "hub/notes.txt").unlink()
-    assert (convert(finetuned, tmp_path / "hub") / "config.json").exists()  # an empty folder is fine
+    config = (convert(finetuned, tmp_path / "hub", "--lists", tmp_path) / "config.json").read_text()  # it is empty now
+    assert list(json.loads(config)["id2label"].values()) == list("abcdefghij")
 
 
 def test_damaged_files_beside_the_weights_are_named(finetuned, tmp_path):
