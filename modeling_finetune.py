@@ -16,13 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 LAYER_NORM = functools.partial(nn.LayerNorm, eps=1e-6)
 
-# Encoder sizes; small to huge are VideoMAE's, tiny is for tests and the demo.
+# Encoder sizes; small to huge are VideoMAE's, giant is VideoMAE V2's (ViT-g), tiny is for tests and the demo.
 SIZES = {
     "tiny": dict(embed_dim=96, depth=4, num_heads=4),
     "small": dict(embed_dim=384, depth=12, num_heads=6),
     "base": dict(embed_dim=768, depth=12, num_heads=12),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
     "huge": dict(embed_dim=1280, depth=32, num_heads=16),
+    "giant": dict(embed_dim=1408, depth=40, num_heads=16, mlp_ratio=48 / 11),
 }
 
 
@@ -396,3 +397,8 @@ def vit_large_patch16_512(**kwargs):
 @register
 def vit_huge_patch16_224(**kwargs):
     return _vit("huge", **kwargs)
+
+
+@register
+def vit_giant_patch14_224(**kwargs):
+    return _vit("giant", **{"patch_size": 14, **kwargs})

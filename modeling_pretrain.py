@@ -290,7 +290,7 @@ class _TokenError(torch.autograd.Function):
 
 
 def _pretrain(size: str, decoder_embed_dim: int, decoder_num_heads: int, **kwargs) -> PretrainVisionTransformer:
-    defaults = {f"encoder_{name}": value for name, value in SIZES[size].items()}
+    defaults = {name if name == "mlp_ratio" else f"encoder_{name}": value for name, value in SIZES[size].items()}
     defaults |= dict(decoder_embed_dim=decoder_embed_dim, decoder_num_heads=decoder_num_heads)
     return PretrainVisionTransformer(**{"qkv_bias": True, "norm_layer": LAYER_NORM, **defaults, **kwargs})
 
@@ -318,3 +318,9 @@ def pretrain_videomae_large_patch16_224(**kwargs):
 @register
 def pretrain_videomae_huge_patch16_224(**kwargs):
     return _pretrain("huge", 640, 8, **kwargs)
+
+
+@register
+def pretrain_videomae_giant_patch14_224(**kwargs):
+    """VideoMAE V2's. Its decoder shares the encoder's MLP ratio 48/11: 512 -> 2234."""
+    return _pretrain("giant", 512, 8, **{"patch_size": 14, **kwargs})

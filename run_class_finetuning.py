@@ -446,7 +446,7 @@ def load_finetune(args, model: torch.nn.Module | None = None) -> torch.nn.Module
     grid = None
     if table is not None:
         grid = position_grid(state, table, encoder.patch_embed.grid, args.tubelet_size, path)
-    log(f"{path}: {load_encoder(encoder, weights, path, grid)}")
+    log(f"{path}: {load_encoder(encoder, weights, path, grid, args.inflate)}")
     return model
 
 

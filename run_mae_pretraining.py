@@ -297,12 +297,14 @@ def build_sampler(args, mae: torch.nn.Module) -> MaskSampler:
     return sampler
 
 
-def load_pretrained(mae: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> LoadReport:
+def load_pretrained(
+    mae: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path, how: str = "mean"
+) -> LoadReport:
     """load_autoencoder, for encoders of the fixed positions that all autoencoders here have. Raises CheckpointError."""
     table = weights.get("encoder.pos_embed")
     if table is not None and not is_sinusoid_encoding_table(table):
         raise CheckpointError(f"{path}: its encoder learned its positions (pos_embed), this autoencoder's are fixed")
-    return load_autoencoder(mae, weights, path)
+    return load_autoencoder(mae, weights, path, how)
 
 
 def load_sampler(sampler: MaskSampler, weights: dict, state: dict, path: Path, args) -> LoadReport:
@@ -424,7 +426,7 @@ class Run:
         path, state = open_finetune(args)
         weights = model_weights(state, path, tuple(args.model_key.split("|")), (), args.model_prefix)
         weights, samplers = split_samplers(state, weights, SAMPLERS)
-        log(f"{path}: autoencoder: {load_pretrained(self.mae, weights, path)}")
+        log(f"{path}: autoencoder: {load_pretrained(self.mae, weights, path, args.inflate)}")
         if self.learned and self.learned in samplers and args.finetune_sampler:
             try:
                 report = load_sampler(self.sampler, samplers.pop(self.learned), state, path, args)

@@ -34,9 +34,15 @@ class DataSet(NamedTuple):
 
 DATA_SETS = {
     "Kinetics-400": DataSet(400),
+    "Kinetics-600": DataSet(600),
+    "Kinetics-700": DataSet(700),
+    "Kinetics-710": DataSet(710),  # VideoMAE V2's union of the three
     "SSV2": DataSet(174, segments=True, flip=False),  # labels such as "pushing something from left to right"
     "UCF101": DataSet(101),
     "HMDB51": DataSet(51),
+    "Diving48": DataSet(48),
+    "EPIC-100-verb": DataSet(97),
+    "EPIC-100-noun": DataSet(300),
     "custom": DataSet(None),
 }
 

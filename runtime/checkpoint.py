@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 import torch
 from torch import Tensor
 
-from runtime.foreign_files import CheckpointError, load_checkpoint, weights_in
+from runtime.foreign_files import CheckpointError, load_beside, load_checkpoint, weights_in
 
 MODEL_KEYS = ("model", "module")  # where weights are looked for first, as VideoMAE does
 
@@ -116,13 +116,14 @@ def latest_checkpoint(folder: str | Path, load: Callable[[Path], dict] | None = 
 
 def open_checkpoint(path: str | Path, last_resort: str = "") -> tuple[Path, dict]:
     """(file, content) of a checkpoint, or of a folder that holds one: of a run its newest, else what weights_in finds.
-    Wherever weights are named by a flag, this decides.
+    Wherever weights are named by a flag, this decides. A Hugging Face folder of tools/convert_checkpoint.py brings its
+    flags and sampler along.
 
     last_resort: name of a file of a run's folder that is read where nothing else is there. Raises CheckpointError.
     """
     for _ in range(3):  # a folder of DeepSpeed lies in a run's folder; links may lead round
         if not os.path.isdir(path):
-            return Path(path), _inner(load_checkpoint(path))
+            return Path(path), _inner(load_checkpoint(path)) | load_beside(path)
         newest = latest_checkpoint(path, load_checked)
         if newest:
             return newest

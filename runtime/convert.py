@@ -103,7 +103,9 @@ def split_names(
     has only others.
 
     Wrappers' parts of the names are taken off; what stands before the encoder's names is found by its first layer, or
-    given as `prefix`; Hugging Face's names are translated. Raises CheckpointError, for image weights too.
+    given as `prefix`; Hugging Face's names are translated. Of an image transformer's weights (from_image_vit) those
+    that a video encoder has no use for are among the others, under IMAGE. Raises CheckpointError, for weights of other
+    image models too.
     """
     inside, outside = {}, {}
     for name, value in weights.items():
@@ -118,7 +120,9 @@ def split_names(
     if not inside:
         raise CheckpointError(f"{path}: no weight's name begins with --model_prefix {prefix}")
     first = [match for match in map(FIRST_LAYER.fullmatch, inside) if match]
-    _refuse_images([inside[match[0]] for match in first if "query" not in match[0]] or list(inside.values()), path)
+    image_vit = any(match[2] == "patch_embed.proj" and inside[match[0]].ndim == 4 for match in first)
+    if not image_vit:
+        _refuse_images([inside[match[0]] for match in first if "query" not in match[0]] or list(inside.values()), path)
     starts = sorted({match[1] for match in first}) or [s for s in ENCODERS if any(n.startswith(s) for n in inside)][:1]
     if len(starts) > 1:
         raise CheckpointError(
@@ -135,6 +139,9 @@ def split_names(
     encoder = {name.removeprefix(start): value for name, value in inside.items() if name.startswith(start)}
     around = next((start.removesuffix(end) for end in ENCODERS if start.endswith(end)), start)
     others = {name.removeprefix(around): value for name, value in inside.items() if not name.startswith(start)}
+    if image_vit:
+        encoder, unused = from_image_vit(encoder)
+        return encoder, outside | {f"{IMAGE}{name}": value for name, value in (unused | others).items()}
     for table in filter(lambda x: x is not None, (encoder.get("pos_embed"), others.get("pos_embed"))):
         check_position_table(table, path)
     return encoder, outside | others
@@ -161,8 +168,49 @@ def _refuse_images(weights: list[Tensor], path: str | Path) -> None:
     if flat and not any(value.ndim == 5 for value in weights):
         raise CheckpointError(
             f"{path}: contains image weights (its first layer is {tuple(flat[0].shape)}, without time), not a video "
-            "model's; these cannot be loaded yet"
+            "model's; of image models only timm's vit_* and MAE's are read (first layer: patch_embed.proj.weight)"
         )
+
+
+IMAGE = "image."  # before the names of an image model's weights that a video encoder has no use for
+
+
+def from_image_vit(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the encoder's tensors, those it has no use for) of timm's vit_* or MAE's image weights, which have a common bias
+    of queries, keys and values. The class token, the position table and the head are of no use: a video encoder here
+    has no class token and other positions. Nor are the keys' biases: they add the same to all scores of a query, which
+    its softmax does not see. patch_embed.proj.weight [D, C, p, p] is left as it is: see inflate."""
+    encoder, unused = {}, {}
+    for name, value in weights.items():
+        if name.startswith("blocks.") and name.endswith(".attn.qkv.bias"):
+            before = name.removesuffix("qkv.bias")
+            encoder[f"{before}q_bias"], key_bias, encoder[f"{before}v_bias"] = value.tensor_split(3)
+            unused[f"key_bias.{name.split('.')[1]}"] = key_bias
+        else:
+            kept = name.startswith(("patch_embed.", "blocks.", "norm.", "fc_norm."))
+            (encoder if kept else unused)[name] = value
+    return encoder, unused
+
+
+INFLATIONS = ("mean", "centre")
+
+
+def inflate(weight: Tensor, tubelet: int, how: str) -> Tensor:
+    """A patch embedding of images [D, C, p, p] over tubelets [D, C, tubelet, p, p], with the same output on a still
+    clip. how: "mean", each frame has a share of 1 / tubelet (I3D, Carreira 2017); "centre", the frame tubelet // 2 has
+    all (ViViT, Arnab 2021)."""
+    share = torch.full((tubelet,), 1 / tubelet) if how == "mean" else torch.eye(tubelet)[tubelet // 2]
+    return weight.unsqueeze(2) * share.to(weight).view(-1, 1, 1)
+
+
+def _inflated(weights: dict[str, Tensor], name: str, tubelet: int, how: str) -> tuple[dict[str, Tensor], str]:
+    """The weights with the patch embedding of that name over time, and a note on it: "" where it is a video's."""
+    if getattr(weights.get(name), "ndim", 0) != 4:
+        return weights, ""
+    unused = [key.removeprefix(IMAGE) for key in weights if key.startswith(IMAGE)]
+    kept = {key: value for key, value in weights.items() if not key.startswith(IMAGE)}
+    note = f"image weights, patch embedding inflated over {tubelet} frames ({how}); not used: {_summary(unused)}"
+    return kept | {name: inflate(weights[name], tubelet, how)}, note
 
 
 def split_samplers(
@@ -177,14 +225,16 @@ def split_samplers(
 
 
 class LoadReport(NamedTuple):
-    """Names of tensors: taken over, missing in the file (they keep their fresh start), and left over in it."""
+    """Names of tensors: taken over, missing in the file (they keep their fresh start), and left over in it; and what
+    else is to be said."""
 
     loaded: list[str]
     missing: list[str]
     left_over: list[str]
+    note: str = ""
 
     def __str__(self):
-        return (
+        return f"{self.note}; " * bool(self.note) + (
             f"{len(self.loaded)} tensors loaded; {len(self.missing)} start fresh: {_summary(self.missing)}; "
             f"{len(self.left_over)} left over: {_summary(self.left_over)}"
         )
@@ -198,15 +248,19 @@ def _summary(names: list[str]) -> str:
     return ", ".join(f"{first}.* ({len(n)})" if len(n) > 1 else n[0] for first, n in groups.items()) or "none"
 
 
-def load_encoder(encoder: nn.Module, weights: dict[str, Tensor], path: str | Path, grid=None) -> LoadReport:
+def load_encoder(
+    encoder: nn.Module, weights: dict[str, Tensor], path: str | Path, grid=None, how: str = "mean"
+) -> LoadReport:
     """Loads what a pre-training or fine-tuning checkpoint has for a classifier: all of its patch embedding and blocks;
     norms and the head where they are there and fit.
 
     encoder: a VisionTransformer; weights: see encoder_weights. A learned position table of another length is
-    interpolated between `grid`, its (t, h, w) tokens, and the encoder's. A fixed one is not in checkpoints.
+    interpolated between `grid`, its (t, h, w) tokens, and the encoder's. A fixed one is not in checkpoints. how: see
+    inflate, for an image transformer's weights.
     Raises CheckpointError where a block is missing, of another shape, or one too many.
     """
     own = encoder.state_dict()
+    weights, note = _inflated(weights, "patch_embed.proj.weight", encoder.patch_embed.tubelet_size, how)
     taken = {name: value for name, value in weights.items() if name in own}
     if any(name.startswith("pool.") for name in weights):  # a probe's head reads other features
         taken = {name: value for name, value in taken.items() if not name.startswith("head.")}
@@ -214,23 +268,27 @@ def load_encoder(encoder: nn.Module, weights: dict[str, Tensor], path: str | Pat
         taken["pos_embed"] = resize_position_table(taken["pos_embed"], grid, encoder.patch_embed.grid)
     if "head.weight" in taken and taken["head.weight"].shape != own["head.weight"].shape:  # of other classes
         taken = {name: value for name, value in taken.items() if not name.startswith("head.")}
-    return _load_part(encoder, weights, taken, (*TRUNK, "pos_embed"), TRUNK, path)
+    return _load_part(encoder, weights, taken, (*TRUNK, "pos_embed"), TRUNK, path)._replace(note=note)
 
 
 TRUNK = ("patch_embed.", "blocks.")
 ENCODER_TRUNK = ("encoder.patch_embed.", "encoder.blocks.")
 
 
-def load_autoencoder(mae: nn.Module, weights: dict[str, Tensor], path: str | Path) -> LoadReport:
+def load_autoencoder(mae: nn.Module, weights: dict[str, Tensor], path: str | Path, how: str = "mean") -> LoadReport:
     """Loads what a checkpoint has for an autoencoder: all of the encoder's patch embedding and blocks, and all of the
     decoder, which only a file without any of it leaves fresh (a classifier's, say).
 
-    mae: a PretrainVisionTransformer; weights: see model_weights. Raises CheckpointError as load_encoder does.
+    mae: a PretrainVisionTransformer; weights: see model_weights; how: see inflate. Raises CheckpointError as
+    load_encoder does.
     """
     own = mae.state_dict()
+    tubelet = mae.encoder.patch_embed.tubelet_size
+    weights, note = _inflated(weights, "encoder.patch_embed.proj.weight", tubelet, how)
     taken = {name: value for name, value in weights.items() if name in own}
     whole = any(not name.startswith("encoder.") for name in taken)
-    return _load_part(mae, weights, taken, ("",) if whole else ENCODER_TRUNK, (*ENCODER_TRUNK, "decoder."), path)
+    needed = ("",) if whole else ENCODER_TRUNK
+    return _load_part(mae, weights, taken, needed, (*ENCODER_TRUNK, "decoder."), path)._replace(note=note)
 
 
 def _load_part(
@@ -372,4 +430,33 @@ def from_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             if f"{prefix}{full}.bias" in renamed:
                 renamed[f"{prefix}{part}_bias"] = renamed.pop(f"{prefix}{full}.bias")
         renamed.pop(f"{prefix}key.bias", None)
+    return renamed
+
+
+def to_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of from_huggingface: names of transformers' files, where the biases of queries and values are called
+    q_bias and v_bias, as in those of the VideoMAE authors. Keys have none. weights: of a pre-training model or a
+    classifier, the encoder's with "encoder." in front."""
+    renames = (
+        (r"^encoder\.patch_embed\.proj", "videomae.embeddings.patch_embeddings.projection"),
+        (r"^encoder\.blocks\.", "videomae.encoder.layer."),
+        (r"^encoder\.norm\.", "videomae.layernorm."),
+        (r"^decoder\.blocks\.", "decoder.decoder_layers."),
+        (r"\.norm1\.", ".layernorm_before."),
+        (r"\.norm2\.", ".layernorm_after."),
+        (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"\.attn\.", ".attention.attention."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+        (r"^head\.", "classifier."),
+    )
+    renamed = {}
+    for name, value in weights.items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        if name.endswith(".qkv.weight"):
+            parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
+            renamed |= {name.replace("qkv", part): piece.contiguous() for part, piece in parts}
+        else:
+            renamed[name] = value.contiguous()
     return renamed

@@ -9,6 +9,7 @@ import torch
 
 from datasets.decoding import DECODERS
 from runtime.checkpoint import MODEL_KEYS
+from runtime.convert import INFLATIONS
 from utils import UsageError
 
 SWITCH = argparse.BooleanOptionalAction
@@ -106,6 +107,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--model_prefix", default="", help="prefix of the encoder's names in the --finetune file; default: detected"
+    )
+    group.add_argument(
+        "--inflate",
+        default="mean",
+        choices=INFLATIONS,
+        help="how --finetune spreads an image model's patch embedding over the frames of a token: equal shares, or all "
+        "on the centre frame",
     )
     group.add_argument(
         "--amp",

@@ -271,6 +271,29 @@ def _load_shards(index: Path) -> dict[str, Tensor]:
     return weights
 
 
+# What tools/convert_checkpoint.py writes beside the weights of a Hugging Face folder.
+SAMPLER_FILE, ARGS_FILE = "sampler.safetensors", "args.json"
+
+
+def load_beside(weights: str | Path) -> dict:
+    """What lies beside a Hugging Face folder's model.safetensors and the folder's config has no place for: "args", the
+    flags of the run, and {name of a learned sampler: its tensors}; {} where there is nothing. Raises CheckpointError.
+    """
+    folder, state = Path(weights).parent, {}
+    if not Path(weights).name.startswith("model.safetensors"):
+        return {}
+    if (folder / ARGS_FILE).is_file():
+        try:
+            state["args"] = dict(json.loads((folder / ARGS_FILE).read_text())["args"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / ARGS_FILE}: not the flags of a run ({type(error).__name__})") from error
+    if (folder / SAMPLER_FILE).is_file():
+        for name, value in load_checkpoint(folder / SAMPLER_FILE)["model"].items():
+            sampler, _, inside = name.partition(".")
+            state.setdefault(sampler, {})[inside] = value
+    return state
+
+
 # --- a folder ----------------------------------------------------------------------------------------------------
 
 IN_ORDER = (

@@ -28,7 +28,7 @@ from utils import UsageError, all_gather_object, check_same_on_all_ranks, is_mai
 FREE_ON_RESUME = {
     "resume", "auto_resume", "start_epoch", "output_dir", "log_dir", "num_workers", "pin_mem", "print_freq", "rank",
     "local_rank", "world_size", "distributed", "dist_url", "dist_on_itp", "save_ckpt_freq", "finetune", "model_key",
-    "model_prefix",
+    "model_prefix", "inflate",
     "use_checkpoint", "checkpoint_modules",
     "eval", "test_num_segment", "test_num_crop", "allow_missing", "test_data_path", "save_ckpt",
     "save_ckpt_minutes", "keep_last",

@@ -6,10 +6,17 @@
   UCF101        classInd.txt, trainlist0K.txt, testlist0K.txt (the test list becomes val.csv)
   HMDB51        CLASS_test_splitK.txt of all classes (1 = train.csv, 2 = val.csv, 0 = unused)
   SSV2          labels.json, train.json, validation.json, test.json, or with something-something-v2- in front
-  Kinetics-400  train.csv, validate.csv or val.csv, test.csv, label_map.txt (without it: all labels in order)
+  Kinetics-400, -600, -700
+                train.csv, validate.csv or val.csv, test.csv, label_map.txt (without it: all labels in order), and
+                k710_identical_label_merge.json, where label_map.txt is VideoMAE V2's, with its names of the classes
+  Diving48      Diving48_V2_train.json, Diving48_V2_test.json (becomes val.csv), Diving48_vocab.json
+  EPIC-100-verb, EPIC-100-noun
+                EPIC_100_train.csv, EPIC_100_validation.csv, EPIC_100_test_timestamps.csv, and
+                EPIC_100_verb_classes.csv or EPIC_100_noun_classes.csv
 
 Videos are found by name anywhere below --videos: in a folder for each class or all in one, with the extension of the
-annotations or another (.mp4 after resizing). For Kinetics-400 the name is ID_START_END (six digits each) or ID.
+annotations or another (.mp4 after resizing). For Kinetics the name is ID_START_END (six digits each) or ID; for EPIC it
+is the narration_id, because a list names whole files: cut each segment into its own file first.
 
 A list has `path label` on each line; line n of classes.txt, counted from 0, names label n. Paths below --output are
 written relative to it, others absolute. A test list with videos without a known label (-1) is called
@@ -18,6 +25,7 @@ test_unlabelled.csv: it cannot be scored, and fine-tuning would take a test.csv.
 
 import argparse
 import csv
+import functools
 import json
 import os
 import re
@@ -96,32 +104,21 @@ def read_hmdb51(folder: str, split: int) -> tuple[list[str], Splits]:
 
 
 def read_ssv2(folder: str, split: int) -> tuple[list[str], Splits]:
-    def load(name: str, kind: type, required: bool = True) -> tuple[str | None, Any]:
-        path = find_file(folder, (name, f"something-something-v2-{name}"), ".json", required)
-        if path is None:
-            return None, None
-        try:
-            content = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-        except (ValueError, RecursionError) as error:  # a number of 5000 digits, 100,000 brackets
-            raise UsageError(f"{path}: not the file of the data set ({error})") from error
-        if not isinstance(content, kind):
-            raise UsageError(f"{path}: not the file of the data set, it is no {kind.__name__}")
-        return path, content
+    def find(name: str, required: bool = True) -> str | None:
+        return find_file(folder, (name, f"something-something-v2-{name}"), ".json", required)
 
-    path, labels = load("labels", dict)
+    path = find("labels")
+    labels = load_json(path, dict)
     ids = {text: int(number) for text, number in labels.items() if re.fullmatch("[0-9]{1,9}", str(number))}
     if len(ids) < len(labels) or sorted(ids.values()) != list(range(len(ids))):
         raise UsageError(f"{path}: the ids are not 0 to {len(labels) - 1}, each once")
     splits = {}
     for name, stem in (("train", "train"), ("val", "validation"), ("test", "test")):
-        path, rows = load(stem, list, required=False)
+        path = find(stem, required=False)
         if path:
             entries = splits[name] = []
-            for number, row in enumerate(rows, 1):
-                where = f"{path}, entry {number}"
-                if not isinstance(row, dict) or "id" not in row or ("template" not in row and name != "test"):
+            for where, row in rows_of(load_json(path, list), path):
+                if "id" not in row or ("template" not in row and name != "test"):
                     raise UsageError(f"{where}: {excerpt(str(row))} has no id or no template")
                 template = row.get("template", "")
                 if not isinstance(template, str) or not isinstance(row["id"], str | int):
@@ -132,26 +129,21 @@ def read_ssv2(folder: str, split: int) -> tuple[list[str], Splits]:
     return sorted(ids, key=ids.get), splits
 
 
-def read_kinetics400(folder: str, split: int) -> tuple[list[str], Splits]:
+def read_kinetics(folder: str, split: int) -> tuple[list[str], Splits]:
     files = {}
     for name, stems in (("train", ("train",)), ("val", ("validate", "val")), ("test", ("test",))):
         path = find_file(folder, stems, ".csv", required=False)
         if path:
-            table = csv.DictReader(read_text(path).splitlines(), strict=True)
-            try:
-                rows = [(f"{path}, line {table.line_num}", row) for row in table]
-            except csv.Error as error:
-                raise UsageError(f"{path}, line {table.line_num}: not CSV ({error})") from error
             needed = {"youtube_id", "time_start", "time_end"} | ({"label"} if name != "test" else set())
-            if not needed <= set(table.fieldnames or ()):
-                raise UsageError(f"{path}, line 1: columns {', '.join(sorted(needed))} are needed")
-            files[name] = rows
+            files[name] = load_csv(path, needed)
     label_map = find_file(folder, ("label_map",), ".txt", required=False)
     if label_map:
         classes = [line for _, line in lines_of(label_map)]
     else:
         classes = sorted({row["label"] for rows in files.values() for _, row in rows if row.get("label")})
     ids = {name: label for label, name in enumerate(classes)}
+    merge = find_file(folder, ("k710_identical_label_merge",), ".json", required=False)
+    renamed = load_json(merge, dict) if merge else {}
     splits = {name: [] for name in files}
     for name, rows in files.items():
         for where, row in rows:
@@ -160,9 +152,48 @@ def read_kinetics400(folder: str, split: int) -> tuple[list[str], Splits]:
             except (TypeError, ValueError):
                 raise UsageError(f"{where}: no whole seconds in {excerpt(str(row))}") from None
             group = row.get("label") or ""
-            label = label_of(ids, group, where) if group or name != "test" else -1
+            listed = group if group in ids else str(renamed.get(group, group))
+            label = label_of(ids, listed, where) if group or name != "test" else -1
             names = f"{row['youtube_id']}_{start:06d}_{end:06d}", row["youtube_id"]
             splits[name].append(Entry(label, group, names, ".mp4"))
+    return classes, splits
+
+
+def read_diving48(folder: str, split: int) -> tuple[list[str], Splits]:
+    path = find_file(folder, ("Diving48_vocab",), ".json")
+    vocabulary = load_json(path, list)
+    classes = [" ".join(map(str, parts)) if isinstance(parts, list) else str(parts) for parts in vocabulary]
+    splits = {}
+    for name, stem in (("train", "Diving48_V2_train"), ("val", "Diving48_V2_test")):
+        path = find_file(folder, (stem,), ".json", required=False)
+        if path:
+            entries = splits[name] = []
+            for where, row in rows_of(load_json(path, list), path):
+                video, label = row.get("vid_name"), row.get("label")
+                if not isinstance(video, str) or not video:
+                    raise UsageError(f"{where}: {excerpt(str(row))} has no vid_name")
+                entries.append(Entry(number_of(label, len(classes), where), "", (video,), ".mp4"))
+    return classes, splits
+
+
+def read_epic(part: str, folder: str, split: int) -> tuple[list[str], Splits]:
+    """part: "verb" or "noun"."""
+    path = find_file(folder, (f"EPIC_100_{part}_classes",), ".csv")
+    names = {row["id"]: row["key"] for _, row in load_csv(path, {"id", "key"})}
+    classes = [names.get(str(label)) for label in range(len(names))]
+    if not all(classes):
+        raise UsageError(f"{path}: the ids are not 0 to {len(names) - 1}, each once and with a key")
+    splits = {}
+    for name, stem in (("train", "train"), ("val", "validation"), ("test", "test_timestamps")):
+        path = find_file(folder, (f"EPIC_100_{stem}",), ".csv", required=False)
+        if path:
+            entries, column = [], f"{part}_class"
+            for where, row in load_csv(path, {"narration_id"} | ({column} if name != "test" else set())):
+                if not row["narration_id"]:
+                    raise UsageError(f"{where}: no narration_id in {excerpt(str(row))}")
+                label = number_of(row[column], len(classes), where) if column in row else -1
+                entries.append(Entry(label, "", (row["narration_id"],), ".mp4"))
+            splits[name] = entries
     return classes, splits
 
 
@@ -170,7 +201,12 @@ READERS = {  # and the number of classes
     "UCF101": (read_ucf101, 101),
     "HMDB51": (read_hmdb51, 51),
     "SSV2": (read_ssv2, 174),
-    "Kinetics-400": (read_kinetics400, 400),
+    "Kinetics-400": (read_kinetics, 400),
+    "Kinetics-600": (read_kinetics, 600),
+    "Kinetics-700": (read_kinetics, 700),
+    "Diving48": (read_diving48, 48),
+    "EPIC-100-verb": (functools.partial(read_epic, "verb"), 97),
+    "EPIC-100-noun": (functools.partial(read_epic, "noun"), 300),
 }
 
 
@@ -196,6 +232,39 @@ def read_text(path: str) -> str:
         raise UsageError(f"{path}: not a text file ({error.reason})") from error
 
 
+def load_json(path: str, kind: type) -> Any:
+    """The content of a JSON file, which has to be of the kind list or dict. Raises: UsageError."""
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 100,000 brackets
+        raise UsageError(f"{path}: not the file of the data set ({error})") from error
+    if not isinstance(content, kind):
+        raise UsageError(f"{path}: not the file of the data set, it is no {kind.__name__}")
+    return content
+
+
+def rows_of(rows: list, path: str) -> Iterator[tuple[str, dict]]:
+    """Yields ("FILE, entry N", row) of a list of dictionaries. Raises: UsageError."""
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}, entry {number}: {excerpt(str(row))} has no names and values")
+        yield f"{path}, entry {number}", row
+
+
+def load_csv(path: str, needed: set[str]) -> list[tuple[str, dict[str, str]]]:
+    """("FILE, line N", row) of a CSV file that has the columns needed, and others. Raises: UsageError."""
+    table = csv.DictReader(read_text(path).splitlines(), strict=True)
+    try:
+        rows = [(f"{path}, line {table.line_num}", row) for row in table]
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {table.line_num}: not CSV ({error})") from error
+    if not needed <= set(table.fieldnames or ()):
+        raise UsageError(f"{path}, line 1: columns {', '.join(sorted(needed))} are needed")
+    return rows
+
+
 def lines_of(path: str) -> Iterator[tuple[str, str]]:
     """Yields ("FILE, line N", line) for the lines that are not blank."""
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -216,6 +285,13 @@ def label_of(ids: dict[str, int], name: str, where: str) -> int:
     if name not in ids:
         raise UsageError(f"{where}: unknown class {excerpt(name)}")
     return ids[name]
+
+
+def number_of(label: Any, num_classes: int, where: str) -> int:
+    """A label that the annotations give as a number. Raises: UsageError where it is none of the classes."""
+    if not re.fullmatch("[0-9]{1,9}", str(label)) or int(label) >= num_classes:
+        raise UsageError(f"{where}: label {excerpt(str(label))} is not one of the {num_classes} classes, from 0")
+    return int(label)
 
 
 # ---------------------------------------------------------------------------------------------------------- videos

@@ -441,6 +441,7 @@ ELSEWHERE = {
     "allow_missing": "test_run_finetuning.py", "finetune_sampler": "test_foreign_checkpoints.py",
     "test_best": "test_published_protocol.py", "model_key": "test_run_finetuning.py",
     "model_prefix": "test_run_finetuning.py", "dist_eval": "test_run_finetuning.py",
+    "inflate": "test_foreign_checkpoints.py",
 }  # fmt: skip
 
 

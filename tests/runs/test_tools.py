@@ -241,6 +241,57 @@ def test_kinetics400_names(tmp_path, capsys):
     assert classes == ["zumba", PEOPLE, "air drumming"] and [label for _, label in lists["train"]] == [1, 2]
 
 
+def test_kinetics600_has_the_order_of_its_label_map(tmp_path):
+    """VideoMAE V2's maps are not in alphabetical order, and have other names for some classes."""
+    rows = "label,youtube_id,time_start,time_end,split\nzumba,aa,7,17,train\nballoon blowing,bb,0,10,train\n"
+    files = {"train.csv": rows, "label_map_k600.txt": "zumba\ninflating balloons",
+             "k710_identical_label_merge.json": {"balloon blowing": "inflating balloons", "hugging": "x"}}  # fmt: skip
+    videos = touch(tmp_path / "videos", "zumba/aa_000007_000017.mp4", "bb.mp4")
+    lists, classes = lists_of("Kinetics-600", write_files(tmp_path / "a", files), videos, tmp_path / "out")
+    assert classes == ["zumba", "inflating balloons"]
+    assert lists["train"] == [(f"{videos}/zumba/aa_000007_000017.mp4", 0), (f"{videos}/bb.mp4", 1)]
+
+
+DIVING = {
+    "Diving48_vocab.json": [["Back", "15som", "05Twis", "FREE"], ["Reverse", "Dive", "NoTwis", "TUCK"]],
+    "Diving48_V2_train.json": [{"vid_name": "x_00001", "label": 1, "start_frame": 0, "end_frame": 101}],
+    "Diving48_V2_test.json": [{"vid_name": "y_00000", "label": 0, "start_frame": 0, "end_frame": 77}],
+}
+
+
+def test_diving48(tmp_path, capsys):
+    videos = touch(tmp_path / "rgb", "x_00001.mp4", "y_00000.mp4")
+    lists, classes = lists_of("Diving48", write_files(tmp_path / "a", DIVING), videos, tmp_path / "out")
+    assert classes == ["Back 15som 05Twis FREE", "Reverse Dive NoTwis TUCK"]
+    assert lists == {"train": [(f"{videos}/x_00001.mp4", 1)], "val": [(f"{videos}/y_00000.mp4", 0)]}
+    assert_names(capsys.readouterr().out, 2, "Diving48", 48)
+
+
+SEGMENT = "narration_id,participant_id,video_id,start_timestamp,stop_timestamp"
+EPIC = {
+    "EPIC_100_verb_classes.csv": "id,key,instances,category\n0,take,\"['get', 'take']\",y\n1,knead,['knead'],x\n",
+    "EPIC_100_noun_classes.csv": "id,key,instances,category\n1,board:chopping,['board'],x\n0,tap,['tap'],appliances\n",
+    "EPIC_100_train.csv": f"{SEGMENT},narration,verb,verb_class,noun,noun_class,all_nouns\n"
+    "P01_01_0,P01,P01_01,00:00:00.14,00:00:03.37,get tap,get,0,tap,0,\"['tap', 'sink']\"\n",
+    "EPIC_100_train_missing_timestamp_narrations.csv": "narration_id\n",
+    "EPIC_100_validation.csv": f"{SEGMENT},verb_class,noun_class\nP01_11_0,P01,P01_11,00:00:00.00,00:00:01.89,1,1\n",
+    "EPIC_100_test_timestamps.csv": f"{SEGMENT}\nP01_101_0,P01,P01_101,00:00:02.86,00:00:03.87\n",
+}
+
+
+@pytest.mark.parametrize("part, names", [("verb", ["take", "knead"]), ("noun", ["tap", "board:chopping"])])
+def test_epic_kitchens(tmp_path, part, names):
+    """One file for each narration."""
+    videos = touch(tmp_path / "clips", "P01/P01_01_0.mp4", "P01_11_0.MP4", "P01_101_0.mp4", "P01_01.mp4")
+    lists, classes = lists_of(f"EPIC-100-{part}", write_files(tmp_path / "a", EPIC), videos, tmp_path / "out")
+    assert classes == names
+    assert lists == {
+        "train": [(f"{videos}/P01/P01_01_0.mp4", 0)],
+        "val": [(f"{videos}/P01_11_0.MP4", 1)],
+        "test_unlabelled": [(f"{videos}/P01_101_0.mp4", -1)],
+    }
+
+
 def test_a_list_without_any_video_is_not_written(tmp_path, capsys):
     annotations = write_files(tmp_path / "annotations", KINETICS)
     lists, _ = lists_of("Kinetics-400", annotations, touch(tmp_path / "videos", "dd.mp4"), tmp_path / "out")
@@ -281,6 +332,16 @@ UCF = {
         ("Kinetics-400", {"val.csv": f"{HEADER}a,b,1,11,val\na,b\n"}, ["val.csv, line 3", "seconds"]),
         ("Kinetics-400", {"val.csv": f"{HEADER},b,1,11,val\n"}, ["val.csv, line 2", "''"]),
         ("Kinetics-400", KINETICS | {"label_map.txt": "zumba\n"}, ["train.csv, line 2", PEOPLE]),
+        ("Diving48", DIVING | {"Diving48_V2_test.json": [{"vid_name": "y", "label": 2}]},
+         ["Diving48_V2_test.json, entry 1", "'2'", 2]),
+        ("Diving48", DIVING | {"Diving48_V2_test.json": [{"label": 1}]},
+         ["Diving48_V2_test.json, entry 1", "vid_name"]),
+        ("Diving48", {"Diving48_V2_train.json": []}, ["--annotations", "Diving48_vocab*.json"]),
+        ("EPIC-100-verb", EPIC | {"EPIC_100_verb_classes.csv": "id,key\n1,take\n"}, ["EPIC_100_verb_classes.csv", 0]),
+        ("EPIC-100-noun", EPIC | {"EPIC_100_train.csv": "narration_id,verb_class\nP,1\n"},
+         ["EPIC_100_train.csv, line 1", "noun_class"]),
+        ("EPIC-100-verb", EPIC | {"EPIC_100_train.csv": "narration_id,verb_class\nP,2\n"},
+         ["EPIC_100_train.csv, line 2", "'2'", 2]),
     ],
 )  # fmt: skip
 def test_annotation_errors_name_file_and_line(tmp_path, data_set, files, words):

@@ -541,7 +541,8 @@ def test_lists_by_name(tmp_path):
 
 def test_data_sets():
     assert {name: data_set.num_classes for name, data_set in DATA_SETS.items()} == {
-        "Kinetics-400": 400, "SSV2": 174, "UCF101": 101, "HMDB51": 51, "custom": None,
+        "Kinetics-400": 400, "Kinetics-600": 600, "Kinetics-700": 700, "Kinetics-710": 710, "SSV2": 174,
+        "UCF101": 101, "HMDB51": 51, "Diving48": 48, "EPIC-100-verb": 97, "EPIC-100-noun": 300, "custom": None,
     }  # fmt: skip
     assert [name for name, data_set in DATA_SETS.items() if data_set.segments] == ["SSV2"]
     assert [name for name, data_set in DATA_SETS.items() if not data_set.flip] == ["SSV2"]

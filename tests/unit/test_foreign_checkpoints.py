@@ -36,7 +36,14 @@ from modeling_adamae import AdaMAESampler
 from modeling_finetune import get_sinusoid_encoding_table, is_sinusoid_encoding_table
 from runtime import foreign_files
 from runtime.checkpoint import CheckpointError, load_checkpoint, open_checkpoint, saved_args
-from runtime.convert import encoder_weights, load_autoencoder, load_encoder, load_weights, model_weights
+from runtime.convert import (
+    INFLATIONS,
+    encoder_weights,
+    load_autoencoder,
+    load_encoder,
+    load_weights,
+    model_weights,
+)
 from runtime.resume import find_resume
 from tests.helpers import reference
 from tests.helpers.models import make_huggingface, random_classifier, random_encoder, random_mae, randomize
@@ -287,25 +294,139 @@ def test_parsers_agree_on_where_weights_are():
 # --- image weights -----------------------------------------------------------------------------------------------
 
 
-def image_models():
-    vit = timm.models.vision_transformer.VisionTransformer(16, 8, embed_dim=24, depth=3, num_heads=2).state_dict()
+def image_vit(**settings):
+    """timm's, with random weights: the keys' biases too are not 0."""
+    sizes = dict(img_size=16, patch_size=8, embed_dim=24, depth=3, num_heads=2, num_classes=7) | settings
+    return randomize(timm.models.vision_transformer.VisionTransformer(**sizes), seed=11).eval()
+
+
+def image_mae(vit: dict) -> dict:
+    """MAE's checkpoint of pre-training, which has its own decoder and no head."""
+    decoder = {"mask_token": torch.ones(1, 1, 8), "decoder_pos_embed": torch.ones(1, 5, 8),
+               "decoder_blocks.0.norm1.weight": torch.ones(8), "decoder_pred.weight": torch.ones(192, 8)}  # fmt: skip
+    return {"model": {name: value for name, value in vit.items() if not name.startswith("head.")} | decoder}
+
+
+def in_wrappings(vit: dict) -> dict[str, dict]:
+    return {
+        "timm": vit,
+        "MAE": image_mae(vit),
+        "wrapped": {"state_dict": {f"module.backbone.{name}": value for name, value in vit.items()}},
+    }
+
+
+@pytest.mark.parametrize("name", ["timm", "MAE", "wrapped"])
+@pytest.mark.parametrize("pretraining", [True, False])
+def test_blocks_of_image_weights_give_timms_tokens(name, pretraining, tmp_path):
+    """The same tokens through timm's blocks and norm, and through ours without the keys' biases."""
+    vit = image_vit()
+    assert min(block.attn.qkv.bias[24:48].abs().max() for block in vit.blocks) > 0.1
+    path = saved(tmp_path / "vit.pth", in_wrappings(vit.state_dict())[name])
+    state = open_checkpoint(path)[1]
+    if pretraining:
+        mae = random_mae().eval()
+        fresh = {name: value.clone() for name, value in mae.state_dict().items()}
+        report = load_autoencoder(mae, model_weights(state, path), path)
+        encoder = mae.encoder
+        decoder = [name for name in fresh if not name.startswith("encoder.")]
+        assert report.missing == decoder and all(torch.equal(mae.state_dict()[name], fresh[name]) for name in decoder)
+    else:
+        encoder = random_encoder()
+        report = load_encoder(encoder, encoder_weights(state, path, KEYS), path)
+        assert report.missing == []
+    assert len(report.loaded) == len(encoder.state_dict()) and report.left_over == []
+    tokens = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        ours, theirs = tokens, tokens
+        for mine, block in zip(encoder.blocks, vit.blocks, strict=True):
+            ours, theirs = mine(ours), block(theirs)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert theirs.std() > 0.5
+        torch.testing.assert_close(encoder.norm(ours), vit.norm(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tubelet", [1, 2, 4])
+@pytest.mark.parametrize("how", INFLATIONS)
+def test_the_inflated_patch_embedding_is_timms(how, tubelet, tmp_path):
+    """On a still clip; on a moving one it sees the mean of a token's frames, or the centre one."""
+    vit = image_vit()
+    path = saved(tmp_path / "vit.pth", vit.state_dict())
+    encoder = random_encoder(tubelet_size=tubelet)
+    load_encoder(encoder, encoder_weights(open_checkpoint(path)[1], path, KEYS), path, how=how)
+    clip = a_clip()
+    still = clip[:, :, :1].expand(-1, -1, 4, -1, -1)
+    groups = clip.unflatten(2, (4 // tubelet, tubelet))
+    seen = groups.mean(dim=3) if how == "mean" else groups[:, :, :, tubelet // 2]
+    with torch.no_grad():
+        expected = vit.patch_embed(still[:, :, 0])
+        for tokens in encoder.patch_embed(still).chunk(4 // tubelet, dim=1):
+            torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+        expected = torch.cat([vit.patch_embed(frame) for frame in seen.unbind(2)], dim=1)
+        torch.testing.assert_close(encoder.patch_embed(clip), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_biases_change_nothing():
+    """Why they may be left out: timm's own attention is the same without them."""
+    attention, tokens = image_vit().blocks[0].attn, torch.randn(2, 9, 24)
+    with torch.no_grad():
+        before = attention(tokens)
+        attention.qkv.bias[24:48] = 0
+        torch.testing.assert_close(attention(tokens), before, rtol=1e-5, atol=1e-6)
+        attention.qkv.bias[:24] = 0
+        assert (attention(tokens) - before).abs().max() > 0.05  # the queries' do
+
+
+@pytest.mark.parametrize("name", ["timm", "MAE"])
+def test_scripts_start_from_image_weights_and_say_what_is_left(name, tmp_path, capsys):
+    vit = image_vit(img_size=32, embed_dim=96, depth=4, num_heads=4, num_classes=10, global_pool="avg").state_dict()
+    path = saved(tmp_path / "vit.pth", in_wrappings(vit)[name])
+    weight = vit["patch_embed.proj.weight"]
+    unused = ["cls_token", "pos_embed", "key_bias", "head" if name == "timm" else "mask_token"]
+    mae = started(path, "--inflate", "centre").mae
+    assert_names(capsys.readouterr().out, path, "centre", *unused)
+    projection = mae.encoder.patch_embed.proj.weight
+    assert torch.equal(projection[:, :, 1], weight) and not projection[:, :, 0].any()
+    classifier = finetuned(path)
+    assert_names(capsys.readouterr().out, path, "mean", *unused)
+    assert torch.equal(classifier.patch_embed.proj.weight, weight.unsqueeze(2).expand(-1, -1, 2, -1, -1) / 2)
+    assert torch.equal(classifier.fc_norm.weight, vit["fc_norm.weight"])
+    assert classifier.head.weight.abs().max() < 0.01  # 10 classes too, but of images
+
+
+def test_a_hub_file_of_image_weights_needs_no_code(tmp_path):
+    vit = image_vit(img_size=32, embed_dim=96, depth=4, num_heads=4)
+    safetensors.torch.save_file(vit.state_dict(), tmp_path / "model.safetensors")
+    model = finetuned(tmp_path)
+    assert torch.equal(model.blocks[3].attn.q_bias, vit.blocks[3].attn.qkv.bias[:96])
+    assert torch.equal(model.blocks[3].attn.v_bias, vit.blocks[3].attn.qkv.bias[192:])
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(patch_size=4), ["patch_embed.proj.weight", "--patch_size"]),
+        (dict(init_values=0.1), ["blocks.0.ls1.gamma"]),
+        (dict(depth=4), ["blocks.3.norm1.weight"]),
+    ],
+)
+def test_image_weights_that_do_not_fit_are_refused(settings, words, tmp_path):
+    path = saved(tmp_path / "vit.pth", image_vit(**settings).state_dict())
+    with pytest.raises(CheckpointError, match=naming("vit.pth", *words)):
+        load_encoder(random_encoder(), encoder_weights(open_checkpoint(path)[1], path, KEYS), path)
+
+
+def other_image_models():
     mae = ViTMAEForPreTraining(
         ViTMAEConfig(image_size=16, patch_size=8, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
                      intermediate_size=32, decoder_hidden_size=16, decoder_num_hidden_layers=1,
                      decoder_num_attention_heads=2, decoder_intermediate_size=32)
     ).state_dict()  # fmt: skip
-    return {
-        "timm": vit,
-        "MAE": {"model": vit | {"mask_token": torch.ones(1, 1, 8), "decoder_pos_embed": torch.ones(1, 5, 8)}},
-        "transformers": mae,
-        "wrapped": {"state_dict": {f"module.backbone.{n}": v for n, v in vit.items()}},
-        "ResNet": {"conv1.weight": torch.ones(8, 3, 7, 7), "bn1.weight": torch.ones(8)},
-    }
+    return {"transformers": mae, "ResNet": {"conv1.weight": torch.ones(8, 3, 7, 7), "bn1.weight": torch.ones(8)}}
 
 
-@pytest.mark.parametrize("name", list(image_models()))
-def test_image_weights_are_called_that(name, tmp_path):
-    path = saved(tmp_path / "vit.pth", image_models()[name])
+@pytest.mark.parametrize("name", list(other_image_models()))
+def test_other_image_weights_are_called_that(name, tmp_path):
+    path = saved(tmp_path / "vit.pth", other_image_models()[name])
     refused(path, path, "image")
     with pytest.raises(CheckpointError, match=naming("vit.pth", "image")):
         finetuned(path)

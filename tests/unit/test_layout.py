@@ -38,7 +38,8 @@ RULES = {
     r"tools\.(fixed_point|measure)": rf"tools\.\w+|datasets\.\w+|engine_for_pretraining|{METHOD}|run_mae_vis|"
     r"runtime\.checkpoint|utils",
     r"tools\.(compare_runs|run_folders)": r"tools\.\w+|run_mae_pretraining|runtime\.resume|utils",
-    r"tools\.(?!fixed_point|measure|compare_runs|run_folders)\w+": r"tools\.\w+|datasets\.\w+|utils",
+    r"tools\.(convert_checkpoint|model_card)": rf"tools\.\w+|datasets\.\w+|runtime\.\w+|{METHOD}|run_\w+|utils",
+    r"tools\.(?!fixed_point|measure|compare_runs|run_folders|convert_|model_)\w+": r"tools\.\w+|datasets\.\w+|utils",
     r"run_\w+": r".*",
 }
 

@@ -311,6 +311,26 @@ def test_classifiers_have_the_published_sizes(name, size, pixels):
     assert model.fc_norm.eps == model.blocks[0].norm1.eps == 1e-6
 
 
+def test_giant_models_have_the_sizes_of_videomae_v2():
+    """ViT-g/14 of width 1408, 40 blocks, 16 heads, MLP 6144; its decoder of 512, 4 blocks, 8 heads has the same MLP
+    ratio 48/11. timm's ViT-g/14 is the image model of these sizes."""
+    with torch.device("meta"):
+        classifier = timm.create_model("vit_giant_patch14_224", num_classes=710)
+        mae = timm.create_model("pretrain_videomae_giant_patch14_224", decoder_depth=4)
+        images = timm.models.vision_transformer.vit_giant_patch14_224(num_classes=710)
+    for model in (classifier, mae.encoder):
+        assert model.patch_embed.grid == (8, 16, 16) and len(model.blocks) == 40
+        assert {(b.attn.num_heads, b.mlp.fc1.out_features, b.norm1.eps) for b in model.blocks} == {(16, 6144, 1e-6)}
+    assert [(b.attn.num_heads, b.attn.qkv.in_features, b.mlp.fc1.out_features) for b in mae.decoder.blocks] == (
+        [(8, 512, 2234)] * 4
+    )
+    assert mae.decoder.head.out_features == 1176  # 2 x 14 x 14 x 3
+    image_table = images.pos_embed.numel() + images.cls_token.numel()
+    tubelet, key_bias = 3 * 14 * 14 * 1408, 40 * 1408
+    assert count_parameters(classifier) == count_parameters(images) - image_table - key_bias + tubelet == 1_012_611_142
+    assert count_parameters(mae.encoder) == 1_011_610_752
+
+
 @pytest.mark.parametrize("name", ["pretrain_videomae_tiny_patch8_64", "vit_tiny_patch8_64"])
 def test_tiny_models_are_made_for_8_frames_of_64_pixels(name):
     with torch.device("meta"):
