@@ -2,7 +2,8 @@
 
     python -m datasets.moving_shapes --output DIR
 
-writes H.264 clips, `train.csv` and `val.csv` (`path label`), `classes.txt`, and for every clip the true motion mask.
+writes H.264 clips, `train.csv` and `val.csv` (`path label`), `classes.txt`, and for every clip the true motion mask;
+in translations/ the same lists of the first four kinds alone.
 The label can be read from motion alone. What a frame shows (background, outlines, textures, sizes, starts) is drawn
 without the label, and the frame is a torus, so that under every kind of motion a shape's position and orientation are
 uniform at every instant: any single frame has the same distribution for all kinds.
@@ -30,6 +31,7 @@ KINDS = (
     "spin_clockwise", "spin_counterclockwise",
     "shake_horizontally", "shake_vertically",
 )  # fmt: skip
+TRANSLATIONS = 4  # the first kinds
 OUTLINES = ("disc", "square", "triangle", "star", "ring")
 FPS = 16
 VERSION = 2  # raise it when the same settings start to give other clips
@@ -274,15 +276,19 @@ def write_dataset(
         return output
     if (output / "train.csv").exists():
         raise ValueError(f"{output} holds another or an unfinished data set: choose another folder or delete it")
-    for folder in ("videos", "masks"):
+    for folder in ("videos", "masks", "translations"):
         (output / folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for split, count in (("val", val), ("train", train)):
             lines = pool.map(
                 lambda i, split=split: write_clip(output, split, i, size, frames, seed, look), range(count)
             )
+            lines = list(lines)
             (output / f"{split}.csv").write_text("".join(lines))
-    (output / "classes.txt").write_text("\n".join(KINDS) + "\n")
+            few = [f"../{line}" for i, line in enumerate(lines) if i % len(KINDS) < TRANSLATIONS]
+            (output / "translations" / f"{split}.csv").write_text("".join(few))
+    for folder, kinds in ((output, KINDS), (output / "translations", KINDS[:TRANSLATIONS])):
+        (folder / "classes.txt").write_text("\n".join(kinds) + "\n")
     partial = output / f"settings.json.{os.getpid()}"
     partial.write_text(json.dumps(settings, indent=1) + "\n")
     os.replace(partial, done)  # last and at once: its presence means the data set is complete

@@ -28,7 +28,7 @@ import os
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,8 +155,16 @@ def tested_best(runs: list[Run]) -> Iterator[str]:
         yield f"{len(old)} run(s) report the best epoch of the validation, not the last: test them again ({names})"
 
 
-def compared(row: Row, base: Row, kind: str) -> Paired | None:
-    """The paired comparison of the top-1 of common seeds, or None where there are fewer than two.
+def mean_val(run: Run) -> float | None:
+    """Mean validation top-1 (%) over the epochs, or None where it was not logged."""
+    return average(run.curve("val_acc1")[1])
+
+
+def compared(
+    row: Row, base: Row, kind: str, value: Callable[[Run], float | None] = lambda run: run.test["acc1"]
+) -> Paired | None:
+    """The paired comparison of the value (%; by default the test's top-1) of common seeds, or None where there are fewer
+    than two of them.
 
     Runs from scratch have no pre-training seed: there, the seed of what follows decides, if it tells the runs apart.
     """
@@ -165,7 +173,8 @@ def compared(row: Row, base: Row, kind: str) -> Paired | None:
         keys = [run.seed[1:] if row.scratch or base.scratch else run.seed for run in runs]
         if len(set(keys)) < len(keys):
             return None
-        sides.append({key: run.test["acc1"] for key, run in zip(keys, runs, strict=True)})
+        values = {key: value(run) for key, run in zip(keys, runs, strict=True)}
+        sides.append({key: number for key, number in values.items() if number is not None})
     common = sorted(set(sides[0]) & set(sides[1]))
     if row is base or len(common) < 2:
         return None
@@ -290,13 +299,14 @@ def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None
             values = [run.test[f"acc{k}"] for run in runs]
             cells.estimate(f"{kind} top-{k} (%)", f"{name}_acc{k}", values, 2, num_runs, videos)
             if k == 1:
-                means = [statistics.fmean(curve) if (curve := run.curve("val_acc1")[1]) else None for run in runs]
-                cells.estimate(f"{kind} mean val", f"{name}_mean_val", means, 2, num_runs)
+                cells.estimate(f"{kind} mean val", f"{name}_mean_val", list(map(mean_val, runs)), 2, num_runs)
         if level is not None:
             add_epochs_to(cells, f"{kind} epochs to {level:g} %", f"{name}_epochs_to_level", runs, level)
         if baseline:
             result = compared(row, base, kind) if base else None
             add_paired(cells, f"{kind} top-1 - {baseline}'s", f"{name}_minus_baseline", result)
+            result = compared(row, base, kind, mean_val) if base else None
+            add_paired(cells, f"{kind} mean val - {baseline}'s", f"{name}_mean_val_minus_baseline", result)
     add_costs(cells, first, base.runs.get(PRETRAINING, []) if base else [], baseline)
     return cells
 

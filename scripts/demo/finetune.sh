@@ -7,13 +7,8 @@ output=${OUTPUT_DIR:-$REPOSITORY/output/demo}
 model=${MODEL_PATH:-$output/tats/checkpoint-39.pth}
 data=$output/finetune_data
 
-if [ -z "${DRY_RUN:-}" ]; then # new clips, of which the four kinds of translation are kept
+if [ -z "${DRY_RUN:-}" ]; then # new clips
     "$PYTHON" "$REPOSITORY/datasets/moving_shapes.py" --output "$data" --train 2000 --val 400 --size 32
-    mkdir -p "$data/translations"
-    head -n 4 "$data/classes.txt" > "$data/translations/classes.txt"
-    for split in train val; do
-        sed -n 's,^\(.* [0-3]\)$,../\1,p' "$data/$split.csv" > "$data/translations/$split.csv"
-    done
 fi
 
 name=finetune

@@ -7,19 +7,21 @@ if [ "$SCALE" = tiny ]; then
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-# write_shapes FOLDER: in one move, lest another run of a sweep sees half of it. A folder of another version is refused.
+# write_shapes FOLDER: in one move, lest another run of a sweep sees half of it. A folder of another version is refused,
+# by the writer.
 write_shapes() {
     local writer=$REPOSITORY/datasets/moving_shapes.py new version
     version=$(sed -n 's/^VERSION = \([0-9]*\).*/\1/p' "$writer")
     if [ -d "$1" ]; then
         [ -f "$1/settings.json" ] || return 0
-        grep -q "\"version\": $version," "$1/settings.json" || "$PYTHON" "$writer" --output "$1" >&2
+        { [ -d "$1/translations" ] && grep -q "\"version\": $version," "$1/settings.json"; } ||
+            "$PYTHON" "$writer" --output "$1" >&2
         return
     fi
     mkdir -p "$(dirname "$1")"
     new=$(mktemp -d "$1.XXXXXX")
     # shellcheck disable=SC2086  # the flags are several words
-    "$PYTHON" "$writer" --output "$new" --train 3000 --val 1000 --size "$INPUT_SIZE" ${SHAPES_FLAGS:-} >&2
+    "$PYTHON" "$writer" --output "$new" --train 3000 --val 2000 --size "$INPUT_SIZE" ${SHAPES_FLAGS:-} >&2
     mv -T "$new" "$1" 2>/dev/null || rm -rf "$new" # another was first
 }
 

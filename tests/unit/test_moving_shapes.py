@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -61,6 +62,14 @@ def mask_of(video_path):
 
 def test_files_and_balanced_labels(written):
     assert (written / "classes.txt").read_text().split() == list(KINDS) and len(KINDS) >= 8
+    few = written / "translations"
+    assert (few / "classes.txt").read_text().split() == [kind for kind in KINDS if kind.startswith("translate")]
+    for split in ("train", "val"):
+        paths, labels = read_list(written / f"{split}.csv")
+        found, their_labels = read_list(few / f"{split}.csv")
+        assert [(os.path.normpath(path), label) for path, label in zip(found, their_labels, strict=True)] == [
+            (path, label) for path, label in zip(paths, labels, strict=True) if label < 4
+        ]
     for split, count in (("train", 30), ("val", 10)):
         paths, labels = read_list(written / f"{split}.csv")
         assert len(set(paths)) == count and Counter(labels) == {k: count // 10 for k in range(10)}
@@ -75,7 +84,7 @@ def test_same_seed_same_bytes_on_any_number_of_workers(written, tmp_path):
     write_dataset(tmp_path / "again", **SETTINGS, seed=1, workers=1)
     write_dataset(tmp_path / "other", **SETTINGS, seed=2, workers=1)
     files = sorted(path.relative_to(written) for path in written.rglob("*.*"))
-    assert len(files) == 2 * 40 + 4
+    assert len(files) == 2 * 40 + 4 + 3  # translations/ has three
     for file in files:
         assert (written / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
     clips = [file for file in files if file.suffix in (".mp4", ".npz")]
