@@ -36,8 +36,8 @@ RULES = {
     r"engine_\w+": rf"engine_\w+|runtime\.\w+|datasets\.\w+|utils|{METHOD}",
     # fixed_point and measure run trained models; what compares runs reads their scripts' flags.
     r"tools\.(fixed_point|measure)": rf"tools\.\w+|datasets\.\w+|engine_for_pretraining|{METHOD}|run_mae_vis|"
-    r"runtime\.checkpoint|utils",
-    r"tools\.(compare_runs|run_folders)": r"tools\.\w+|run_mae_pretraining|runtime\.resume|utils",
+    r"runtime\.checkpoint|runtime\.knn|utils",
+    r"tools\.(compare_runs|run_folders)": r"tools\.\w+|run_mae_pretraining|runtime\.(resume|tasks)|utils",
     r"tools\.(?!fixed_point|measure|compare_runs|run_folders)\w+": r"tools\.\w+|datasets\.\w+|utils",
     r"run_\w+": r".*",
 }
