@@ -72,7 +72,7 @@ from runtime.outputs import closing, open_output, write_deepspeed_configs
 from runtime.preemption import STOP, Preempted, PreemptionWatch, stop_at_once
 from runtime.reports import CLASSES, add_best_epoch, class_names, read_report, write_report
 from runtime.resume import find_resume, open_finetune, resume, save, saved_defaults
-from runtime.tasks import SINGLE_LABEL, TASKS, in_words
+from runtime.tasks import SINGLE_LABEL, TASKS, in_words, macro_f1
 from utils import (
     UsageError,
     all_gather_object,
@@ -497,9 +497,10 @@ def build_classifier(args, position_table: torch.Tensor | None) -> torch.nn.Modu
     return modeling_finetune.Probe(model, probe, args.nb_classes) if probe else model
 
 
-def load_finetune(args, model: torch.nn.Module | None = None) -> torch.nn.Module:
-    """A classifier that starts from --finetune's encoder, with a line on what was taken. Raises CheckpointError."""
-    path, state = open_finetune(args, BEST)
+def load_finetune(args, opened: tuple[Path, dict] | None = None) -> torch.nn.Module:
+    """A classifier that starts from --finetune's encoder, with a line on what was taken. opened: what open_finetune
+    gave, if it was called before. Raises CheckpointError."""
+    path, state = opened or open_finetune(args, BEST)
     weights = encoder_weights(state, path, tuple(args.model_key.split("|")), args.model_prefix)
     kind = saved_args(state, path).get("mask_type")
     if isinstance(state.get(kind), dict):  # its sampler, to be named as left over
@@ -690,9 +691,11 @@ def test(
 def run_knn(args, device: torch.device, loaders: dict, recipe: FinetuneRecipe, names: list[str]) -> None:
     """--knn: stores features of the frozen encoder, lets the nearest training videos vote, and writes the report."""
     args.epochs = 0  # what args.json says: nothing is trained
-    probe = (load_finetune(args) if args.finetune else build_classifier(args, None)).to(device)
+    opened = open_finetune(args, BEST) if args.finetune else None
+    probe = (load_finetune(args, opened) if opened else build_classifier(args, None)).to(device)
     output = Path(args.output_dir) if args.output_dir else None
-    settings = test_settings(args, loaders["test"], args.finetune or "random weights") | {"knn": args.knn}
+    source = str(opened[0]) if opened else "random weights"
+    settings = test_settings(args, loaders["test"], source) | {"knn": args.knn}
     done = output and (is_tested(output, settings), checkpoint_files(output) != [])
     tested, trained = all_gather_object(done)[0] or (False, False)
     if trained:
@@ -705,9 +708,10 @@ def run_knn(args, device: torch.device, loaders: dict, recipe: FinetuneRecipe, n
     measures = scores.measures()
     if output and is_main_process():
         drop_epochs_from(output / "log.txt", -1)
-        measures = write_report(output, scores, loaders["test"].dataset.paths, names, settings)
+        write_report(output, scores, loaders["test"].dataset.paths, names, settings)
         write_log(output, {"epoch": -1, "n_parameters": 0})  # for tools/compare_runs.py
-    log(f"{args.knn} nearest neighbours: {recipe.task.text(measures)}, {len(scores.label)} videos")
+    f1 = macro_f1(scores.predicted(), scores.label, args.nb_classes)
+    log(f"{args.knn} nearest neighbours: {recipe.task.text(measures)}, macro-F1 {f1:.2f} %, {len(scores.label)} videos")
 
 
 def names_of_classes(args, test_list: str, saved: list | None = None) -> list[str]:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.tasks import SINGLE_LABEL, TITLES, Task
 from tools.common import replacing
 from tools.run_folders import KINDS, PRETRAINING, Run
 from tools.seed_statistics import interval
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 LOGGED = {"loss": "reconstruction error", "motion_lift": "motion lift", "entropy": "entropy / log N"}
 
 
-def draw_curves(path: Path, rows: list[dict[str, list[Run]]], labels: list[str]) -> bool:
+def draw_curves(path: Path, rows: list[dict[str, list[Run]]], labels: list[str], task: Task = SINGLE_LABEL) -> bool:
     """Mean of the seeds over epochs and a band from the least to the greatest, a panel for each of what was logged.
 
-    Args: rows, the runs of each kind, a dictionary for each row; labels, one per row.
+    Args: rows, the runs of each kind, a dictionary for each row; labels, one per row; task, of the runs.
     Returns whether there was anything to draw.
     """
     panels = [(PRETRAINING, f"train_{name}", title) for name, title in LOGGED.items()]
-    panels += [(kind, "val_acc1", f"{kind}: validation top-1 (%)") for kind in KINDS]
+    panels += [(kind, f"val_{task.metric}", f"{kind}: validation {TITLES[task.metric]}") for kind in KINDS]
     panels = [panel for panel in panels if any(run.curve(panel[1])[0] for row in rows for run in row.get(panel[0], []))]
     if not panels:
         return False
@@ -64,19 +65,21 @@ def draw_band(axes: "Axes", curves: list[tuple[list[int], list[float]]], **style
     return line
 
 
-def draw_accuracies(path: Path, rows: list[dict[str, list[Run]]], labels: list[str], kinds: list[str]) -> None:
+def draw_accuracies(
+    path: Path, rows: list[dict[str, list[Run]]], labels: list[str], kinds: list[str], task: Task = SINGLE_LABEL
+) -> None:
     """A dot for each seed, beside it the mean with its interval, a panel for each kind. Args as in draw_curves."""
     figure, grid = new_figure(len(kinds))
     for axes, kind in zip(grid, kinds, strict=True):
         shown = [(index, row[kind]) for index, row in enumerate(rows) if row.get(kind)]
         for place, (index, runs) in enumerate(shown):
-            values = [run.test["acc1"] for run in runs]
+            values = [run.test[task.metric] for run in runs]
             color = style_of(index)["color"]
             axes.plot([place - 0.12] * len(values), values, "o", color=color, alpha=0.6, markersize=5)
             mean, half = interval(values)
             axes.errorbar(place + 0.12, mean, half, fmt="_", color=color, capsize=5, markersize=14)
         axes.set_xticks(range(len(shown)), [wrap(labels[index]) for index, _ in shown], rotation=30, ha="right")
-        axes.set(title=f"{kind}: test top-1 (%)", xlim=(-0.5, len(shown) - 0.5))
+        axes.set(title=f"{kind}: test {TITLES[task.metric]}", xlim=(-0.5, len(shown) - 0.5))
         axes.grid(axis="y", alpha=0.3)
     finish(figure, path, {})
 

@@ -35,6 +35,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from run_mae_pretraining import SAMPLERS
+from runtime.tasks import SINGLE_LABEL, TITLES, Task
 from tools import paper_tables
 from tools.common import Formatter, run_tool, write_text
 from tools.compare_pictures import draw_accuracies, draw_curves
@@ -155,7 +156,7 @@ def tested_best(runs: list[Run]) -> Iterator[str]:
 
 
 def compared(row: Row, base: Row, kind: str) -> Paired | None:
-    """The paired comparison of the top-1 of common seeds, or None where there are fewer than two.
+    """The paired comparison of the task's metric of common seeds, or None where there are fewer than two.
 
     Runs from scratch have no pre-training seed: there, the seed of what follows decides, if it tells the runs apart.
     """
@@ -164,12 +165,29 @@ def compared(row: Row, base: Row, kind: str) -> Paired | None:
         keys = [run.seed[1:] if row.scratch or base.scratch else run.seed for run in runs]
         if len(set(keys)) < len(keys):
             return None
-        sides.append({key: run.test["acc1"] for key, run in zip(keys, runs, strict=True)})
+        sides.append({key: run.test[run.task.metric] for key, run in zip(keys, runs, strict=True)})
     common = sorted(set(sides[0]) & set(sides[1]))
     if row is base or len(common) < 2:
         return None
-    videos = min((run.test["videos"] for run in row.runs[kind] if run.test.get("videos")), default=None)
+    videos = videos_of_test(row.runs[kind], row.runs[kind][0].task.metric)
     return paired(*([side[key] for key in common] for side in sides), videos)
+
+
+def videos_of_test(runs: list[Run], metric: str) -> int | None:
+    """How many videos the test had, which bounds what one test says of a share of them; None where that is not known,
+    or for other metrics."""
+    if not metric.startswith("acc"):
+        return None
+    return min((run.test["videos"] for run in runs if run.test.get("videos")), default=None)
+
+
+def task_of_runs(runs: list[Run]) -> Task:
+    """The --task of all runs of KINDS. Raises UsageError where they have several."""
+    first = {run.task: run for run in reversed(runs) if run.kind in KINDS}
+    if len(first) > 1:
+        folders = " and ".join(f"{run.folder} (--task {task.name})" for task, run in first.items())
+        raise UsageError(f"{folders} measure different things: compare them apart")
+    return next(iter(first), SINGLE_LABEL)
 
 
 def is_value(value: Hashable, text: str) -> bool:
@@ -247,8 +265,8 @@ class Cells:
             self.numbers |= {f"{name}_wilson_low": low, f"{name}_wilson_high": high}
 
 
-def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None) -> Cells:
-    """Cells of a row but for its name. base: the row of the baseline, or None."""
+def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None, task: Task = SINGLE_LABEL) -> Cells:
+    """Cells of a row but for its name. base: the row of the baseline, or None; task: of the runs."""
     cells = Cells()
     first = row.runs.get(PRETRAINING, [])
     num_runs = len(first) or max(map(len, row.runs.values()), default=0)
@@ -262,22 +280,25 @@ def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None
     for kind in kinds:
         runs = row.runs.get(kind, [])
         name = kind.replace("-", "_").replace(" ", "_")
-        for k in (1, 5):
-            videos = min((run.test["videos"] for run in runs if run.test.get("videos")), default=None)
-            values = [run.test[f"acc{k}"] for run in runs]
-            cells.estimate(f"{kind} top-{k} (%)", f"{name}_acc{k}", values, 2, num_runs, videos)
-            if k == 1:
-                means = [statistics.fmean(curve) if (curve := run.curve("val_acc1")[1]) else None for run in runs]
-                cells.estimate(f"{kind} mean val", f"{name}_mean_val", means, 2, num_runs)
+        for metric in task.metrics:
+            digits = 2 if "(%)" in TITLES[metric] else 4
+            values = [run.test[metric] for run in runs]
+            videos = videos_of_test(runs, metric)
+            cells.estimate(f"{kind} {TITLES[metric]}", f"{name}_{metric}", values, digits, num_runs, videos)
+            if metric == task.metric:
+                curves = [run.curve(f"val_{metric}")[1] for run in runs]
+                means = [statistics.fmean(curve) if curve else None for curve in curves]
+                cells.estimate(f"{kind} mean val", f"{name}_mean_val", means, digits, num_runs)
         if baseline:
             result = compared(row, base, kind) if base else None
-            add_paired(cells, f"{kind} top-1 - {baseline}'s", f"{name}_minus_baseline", result)
+            heading = f"{kind} {TITLES[task.metric].removesuffix(' (%)')} - {baseline}'s"
+            add_paired(cells, heading, f"{name}_minus_baseline", result, task.least)
     add_costs(cells, first, base.runs.get(PRETRAINING, []) if base else [], baseline)
     return cells
 
 
-def add_paired(cells: Cells, heading: str, name: str, result: Paired | None) -> None:
-    """The cell of what `compared` returned, with its verdict."""
+def add_paired(cells: Cells, heading: str, name: str, result: Paired | None, least: bool = False) -> None:
+    """The cell of what `compared` returned, with its verdict. least: whether less is better."""
     if result is None:
         parts = ("difference", "low", "high", "p", "pairs", "test_error", "detectable", "verdict")
         cells.add(heading, name, "-", **dict.fromkeys(parts))
@@ -285,7 +306,7 @@ def add_paired(cells: Cells, heading: str, name: str, result: Paired | None) -> 
     width = math.hypot(result.half, result.test_error)
     low, high = result.difference - result.half, result.difference + result.half
     if abs(result.difference) > width:
-        verdict = "ahead" if result.difference > 0 else "behind"
+        verdict = "ahead" if (result.difference > 0) != least else "behind"
     else:
         verdict = "not decided"
     text = f"{result.difference:+.2f} ({low:.2f} to {high:.2f}"
@@ -400,7 +421,7 @@ def describe_run(run: Run, by: tuple[str, ...]) -> dict:
     if run.kind == PRETRAINING and finished:
         described |= {name: run.last(f"train_{name}") for name in METRICS}
     described |= {"step_time": run.step_time(), "peak_memory": run.memory()}
-    return described | {name: (run.test or {}).get(name) for name in ("acc1", "acc5", "videos")}
+    return described | {name: (run.test or {}).get(name) for name in (*run.task.metrics, "videos")}
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -429,7 +450,7 @@ def compare(args: argparse.Namespace) -> None:
     if not used:
         reason = f"; {left_out[0]}" if left_out else ""
         raise UsageError(f"{', '.join(args.folders)}: no finished run (args.json, log.txt, test.json) is there{reason}")
-    rows = build_rows(used, args.by)
+    task, rows = task_of_runs(used), build_rows(used, args.by)
     place = args.by.index("mask_type") if "mask_type" in args.by else 0
     present = list(dict.fromkeys(shown_value(row.by[place]) for row in rows if row.by[place] != UNREAD))
     if args.baseline and not any(is_value(row.by[place], args.baseline) for row in rows):
@@ -438,11 +459,11 @@ def compare(args: argparse.Namespace) -> None:
         add_paper(rows, args.paper, args.by, args.data_set)
     kinds = [kind for kind in KINDS if any(kind in row.runs for row in rows)] or list(KINDS[:1])
     cells = [
-        summarise(row, args.baseline and find_baseline(row, rows, args.by, args.baseline), kinds, args.baseline)
+        summarise(row, args.baseline and find_baseline(row, rows, args.by, args.baseline), kinds, args.baseline, task)
         for row in rows
     ]
     write_tables(args, rows, cells, used, runs, left_out)
-    write_pictures(args.output, rows, labels_of(name_rows(rows, args.by, args.paper == "table2")))
+    write_pictures(args.output, rows, labels_of(name_rows(rows, args.by, args.paper == "table2")), task)
 
 
 def write_tables(
@@ -475,13 +496,13 @@ def write_tables(
     print(f"wrote table.md, table.csv and runs.csv to {output}")
 
 
-def write_pictures(output: str, rows: list[Row], labels: list[str]) -> None:
+def write_pictures(output: str, rows: list[Row], labels: list[str], task: Task) -> None:
     """curves.png and accuracy.png, each where there is something to draw. labels: one per row."""
     runs = [row.runs for row in rows]
     kinds = [kind for kind in KINDS if any(kind in of_row for of_row in runs)]
-    written = ["curves.png"] if draw_curves(Path(output, "curves.png"), runs, labels) else []
+    written = ["curves.png"] if draw_curves(Path(output, "curves.png"), runs, labels, task) else []
     if kinds:
-        draw_accuracies(Path(output, "accuracy.png"), runs, labels, kinds)
+        draw_accuracies(Path(output, "accuracy.png"), runs, labels, kinds, task)
         written.append("accuracy.png")
     print(f"wrote {' and '.join(written)} to {output}")
 
