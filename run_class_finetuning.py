@@ -263,21 +263,24 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None, described: dict | None = None) -> argparse.Namespace:
     """A test takes its defaults from the checkpoint, a probe has its own; what the command line says stays.
 
-    Raises: CheckpointError, UsageError.
+    described: flags of a checkpoint that the caller has read. Raises: CheckpointError, UsageError.
     """
     parser = get_parser()
     args = parser.parse_args(arguments)
-    if args.eval:
+    if described is not None:
+        parser.set_defaults(**described)
+        args = parser.parse_args(arguments)
+    elif args.eval:
         path, state = find_finished(args)
         saved = saved_args(state, path)
         if isinstance(state.get("args"), dict) and "nb_classes" in saved:  # written by this script
             parser.set_defaults(**saved_defaults(parser, saved, TEST_FLAGS, path))
             args = parser.parse_args(arguments)
     if probe_kind(args):
-        parser.set_defaults(**PROBE_DEFAULTS)
+        parser.set_defaults(**PROBE_DEFAULTS | (described or {}))
     if args.task != SINGLE_LABEL.name:
         parser.set_defaults(**NOT_MIXED)
     if args.knn:

@@ -217,13 +217,13 @@ def _worker_settings(args: argparse.Namespace) -> dict[str, Any]:
         pin_memory=args.pin_mem and args.device == "cuda",
         persistent_workers=args.num_workers > 0,
         timeout=LOADER_TIMEOUT if args.num_workers else 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         # torch draws a seed for the workers: from this generator, so that no draw of the training process changes
         generator=torch.Generator().manual_seed(args.seed),
     )
 
 
-def _start_worker(worker_id: int) -> None:
+def start_worker(worker_id: int) -> None:
     """Runs first in each loader process."""
     torch.set_num_threads(1)  # workers share the cores with one another and with the training process
     # schedulers and terminals signal all processes; only the training process decides when to stop
