@@ -302,7 +302,7 @@ def store_features(probe: nn.Module, loader: Iterable, recipe: Recipe, amp: str,
 def gather_features(probe: nn.Module, loader, recipe: Recipe, amp: str) -> Scores:
     """Features of all videos of an evaluation loader's list, in its order, in the place of scores."""
     index, features, failed = [torch.zeros(0, dtype=torch.int64)], [], []
-    for batch in store_features(probe, loader, recipe, amp, len(loader.dataset)):
+    for batch in store_features(probe, loader, recipe, amp, len(loader.dataset.labels)):
         failed += batch["failed"]
         if batch["video"] is not None:
             index.append(batch["index"])
