@@ -12,12 +12,16 @@ the model's frames lie evenly in the window, and beyond the end the last frame i
                   with --tokens float16 [rows, N, D], as an attentive probe stores them
     video         int64 [rows]: place in paths
     start, end    float64 [rows]: seconds from the video's first frame
-    paths, label  of all videos; label (int64) with --list
+    label         int64, of all videos; with --list
+    paths         of all videos
     settings      JSON: the checkpoint and the flags
 
-A safetensors file has paths and settings as metadata. Each video is decoded once. Results are kept beside the output,
-in OUTPUT.parts, until all are there: a run that was killed goes on where it was when it is started again, and gives the
-same file. A video that cannot be read has no row and is named; the others are written, and the exit status is 1.
+    failed        JSON: why each other video has no row
+
+A safetensors file has the last three in one JSON text, its metadata "about". Each video is decoded once. Results are
+kept beside the output, in OUTPUT.parts, until all are there. A run that was killed resumes when it is started again, and
+gives the same file. A video that cannot be read has no row and is named; the others are written, and the exit status
+is 1.
 """
 
 import argparse
@@ -222,14 +226,15 @@ def merge(parts: list[Path], output: str, paths: list[str], labels: list[int] | 
         begin = end
     if labels is not None:
         whole["label"] = torch.tensor(labels)
-    text = {"paths": json.dumps(paths), "settings": json.dumps(settings), "failed": json.dumps(failed)}
+    about = {"paths": paths, "settings": settings, "failed": failed}
     with replacing(output) as temporary:
         if output.endswith(".npz"):
-            text["paths"] = paths
+            arrays = {name: tensor.numpy() for name, tensor in whole.items()}
+            arrays |= {name: np.array(json.dumps(about[name])) for name in ("settings", "failed")}
             with open(temporary, "wb") as file:
-                np.savez(file, **{n: t.numpy() for n, t in whole.items()}, **{n: np.array(t) for n, t in text.items()})
-        else:
-            safetensors.torch.save_file(whole, temporary, text)
+                np.savez(file, **arrays, paths=np.array(paths))
+        else:  # one entry: safetensors writes several in any order
+            safetensors.torch.save_file(whole, temporary, {"about": json.dumps(about)})
     return failed
 
 
@@ -240,7 +245,8 @@ def read_settings(output: str) -> tuple[dict, list[str]]:
             with np.load(output) as file:
                 return json.loads(str(file["settings"])), json.loads(str(file["failed"]))
         with safetensors.safe_open(output, "pt") as file:
-            return json.loads(file.metadata()["settings"]), json.loads(file.metadata()["failed"])
+            about = json.loads(file.metadata()["about"])
+            return about["settings"], about["failed"]
     except Exception as error:  # anything may lie there
         raise UsageError(f"--output {output}: exists and is not of this tool: choose another name") from error
 
