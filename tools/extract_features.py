@@ -19,9 +19,9 @@ the model's frames lie evenly in the window, and beyond the end the last frame i
     failed        JSON: why each other video has no row
 
 A safetensors file has the last three in one JSON text, its metadata "about". Each video is decoded once. Results are
-kept beside the output, in OUTPUT.parts, until all are there. A run that was killed resumes when it is started again, and
-gives the same file. A video that cannot be read has no row and is named; the others are written, and the exit status
-is 1.
+kept beside the output, in OUTPUT.parts, until all are there. A run that was killed resumes when it is started again,
+and gives the same file. A video that cannot be read has no row and is named; the others are written, and the exit
+status is 1.
 """
 
 import argparse
