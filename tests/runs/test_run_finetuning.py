@@ -321,6 +321,9 @@ def test_knn_writes_a_report_without_training(labelled, pretrained, tmp_path, ca
     assert_names(capsys.readouterr().out, "nothing", tmp_path / "a/test.json")
     run_here(labelled, *flags, tmp_path / "b")
     assert (tmp_path / "b/scores.npz").read_bytes() == (tmp_path / "a/scores.npz").read_bytes()
+    compare_runs.main([str(pretrained.parent), str(tmp_path / "a"), "--output", str(tmp_path / "table")])
+    assert "kNN top-1 (%)" in (tmp_path / "table/table.md").read_text()
+    assert f"{result['acc1']:.2f} (one run" in (tmp_path / "table/table.md").read_text()
     with pytest.raises(SystemExit, match=naming("--output_dir", pretrained.parent)):
         run_here(labelled, *flags, pretrained.parent)
 
