@@ -70,7 +70,7 @@ from runtime.flags import (
 from runtime.launch import end_with_status, run_script
 from runtime.outputs import closing, open_output, write_deepspeed_configs
 from runtime.preemption import STOP, Preempted, PreemptionWatch, stop_at_once
-from runtime.reports import CLASSES, add_best_epoch, class_names, read_report, write_report
+from runtime.reports import CLASSES, add_best_epoch, class_names, read_report, saved_class_names, write_report
 from runtime.resume import find_resume, open_finetune, resume, save, saved_defaults
 from runtime.tasks import SINGLE_LABEL, TASKS, in_words, macro_f1
 from utils import (
@@ -687,7 +687,7 @@ def test(
     log(f"test: {recipe.task.text(scores.measures(recipe.task))}, {len(scores.label)} videos, {views}")
     if output and is_main_process():
         write_report(output, scores, loader.dataset.paths, names, test_settings(args, loader, source), recipe.task)
-        log(f"wrote test.json, predictions.csv, scores.npz and more to {output}")
+        log(f"wrote test.json, predictions.csv, scores.npz and tables to {output}")
     return scores
 
 
@@ -717,13 +717,12 @@ def run_knn(args, device: torch.device, loaders: dict, recipe: FinetuneRecipe, n
     log(f"{args.knn} nearest neighbours: {recipe.task.text(measures)}, macro-F1 {f1:.2f} %, {len(scores.label)} videos")
 
 
-def names_of_classes(args, test_list: str, saved: list | None = None) -> list[str]:
-    """Of classes.txt beside the test list or the training list, else those a checkpoint saved, else numbers."""
+def names_of_classes(args, test_list: str, state: dict | None = None) -> list[str]:
+    """Of classes.txt beside the test list or the training list, else those a checkpoint has, else numbers."""
     for folder in map(os.path.dirname, (test_list, find_list(args, "train"))):
         if os.path.isfile(os.path.join(folder, CLASSES)):
             return class_names(folder, args.nb_classes)
-    fits = saved and len(saved) == args.nb_classes and all(isinstance(name, str) for name in saved)
-    return saved if fits else class_names("", args.nb_classes)
+    return saved_class_names(state or {}, args.nb_classes)
 
 
 def run_finetuning(args) -> None:
@@ -740,7 +739,7 @@ def run_finetuning(args) -> None:
         return run_knn(args, device, loaders, recipe, names_of_classes(args, test_list))
     if args.eval:
         path, state = find_finished(args)
-        names = names_of_classes(args, test_list, state.get("class_names"))
+        names = names_of_classes(args, test_list, state)
         model = load_finished(args, path, state, args.model_key).to(device)
         output, _ = open_output(args, "eval_args.json")
         test(model, loaders["test"], recipe, args, str(path), output, names)
@@ -754,7 +753,7 @@ def run_finetuning(args) -> None:
         raise UsageError(f"--start_epoch {args.start_epoch}: there is no such epoch in --epochs {args.epochs}")
     else:
         model = load_finetune(args) if args.finetune else build_classifier(args, None)
-    names = names_of_classes(args, test_list, found and found[1].get("class_names"))
+    names = names_of_classes(args, test_list, found and found[1])
     run = Run(args, model, device, found, names)
     seed_everything(args.seed, args.rank)  # dropout, stochastic depth and mixup differ between ranks
     output, log_writer = open_output(args)
@@ -772,7 +771,7 @@ def run_finetuning(args) -> None:
     if found and output and found[0].parent.resolve() == output.resolve():
         best = read_best(output)  # a killed run may have got further than its newest checkpoint
         metric = run.task.metric
-        if best.get("best") and run.task.better(best["best"][metric], run.best[metric]):
+        if metric in best.get("best", {}) and run.task.better(best["best"][metric], run.best[metric]):
             run.best = best["best"]
     found = weights = best = None  # or every process would hold them during the whole run
     check_same_on_all_ranks(run.best, "best checkpoints")

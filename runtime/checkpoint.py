@@ -190,7 +190,8 @@ def check_run_state(state: dict, path: str | Path) -> None:
             raise CheckpointError(f"{path}: its {name} is a {type(state[name]).__name__}, not a {wanted}")
     if not -1 <= state.get("epoch", 0) < 2**31:
         raise CheckpointError(f"{path}: its epoch is {state['epoch']}")
-    task = TASKS.get(saved_args(state, path).get("task", "single_label"))
+    name = saved_args(state, path).get("task", "single_label")
+    task = TASKS.get(name) if isinstance(name, str) else None
     if task is None:
         raise CheckpointError(f"{path}: its --task is none of {', '.join(TASKS)}")
     best = state.get("best", {task.metric: 0.0, "epoch": 0})

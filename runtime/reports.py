@@ -43,6 +43,14 @@ def read_class_names(path: Path, num_classes: int) -> list[str]:
     return names
 
 
+def saved_class_names(state: dict, num_classes: int) -> list[str]:
+    """Names of the classes that a checkpoint of any origin has; numbers where it has none that fit."""
+    saved = state.get("class_names")
+    if isinstance(saved, list) and len(saved) == num_classes and all(isinstance(name, str) for name in saved):
+        return saved
+    return [str(label) for label in range(num_classes)]
+
+
 def confusion_matrix(scores, num_classes: int) -> Tensor:
     """int64 [K, K]: videos of class (row) taken for class (column); unreadable videos are in no column."""
     predicted = scores.ranking()[:, 0][scores.found]

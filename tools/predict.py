@@ -26,7 +26,7 @@ from engine_for_finetuning import predict
 from run_class_finetuning import build_recipe, check_flags, load_finished
 from runtime.checkpoint import CheckpointError
 from runtime.flags import resolve_amp
-from runtime.reports import read_class_names
+from runtime.reports import read_class_names, saved_class_names
 from tools.common import Formatter, replacing, run_tool
 from tools.trained import add_shared_flags, open_trained, quiet_worker
 from utils import UsageError, picture_text
@@ -81,10 +81,7 @@ def names_of(args: argparse.Namespace, state: dict, num_classes: int) -> list[st
         if not Path(args.class_names).is_file():
             raise UsageError(f"--class_names {args.class_names}: no such file")
         return read_class_names(Path(args.class_names), num_classes)
-    saved = state.get("class_names")
-    if isinstance(saved, list) and len(saved) == num_classes and all(isinstance(name, str) for name in saved):
-        return saved
-    return [str(label) for label in range(num_classes)]
+    return saved_class_names(state, num_classes)
 
 
 def answer(scores: Tensor, names: list[str], task: str, top_k: int) -> dict:

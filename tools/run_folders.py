@@ -123,7 +123,7 @@ def kind_of(args: dict) -> str:
 def task_of(args: dict, place: Path) -> Task:
     """Of the flags in args.json; earlier runs do not say it. Raises UsageError."""
     name = args.get("task", SINGLE_LABEL.name)
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise UsageError(f"{place}: --task {name} is none of {', '.join(TASKS)}: leave its folder out")
     return TASKS[name]
 
