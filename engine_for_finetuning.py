@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
@@ -16,11 +15,14 @@ from datasets.decoding import VideoError
 from datasets.transforms import normalize
 from runtime.backend import AMP_DTYPES, Backend
 from runtime.epoch import EpochRunner, Recipe, RunState
+from runtime.knn import knn_votes
+from runtime.tasks import SINGLE_LABEL, Task, correct, ranking, single_label_measures
 from utils import UsageError, available_memory, format_time, log
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRecipe(Recipe):
+    task: Task = SINGLE_LABEL
     smoothing: float = 0.0
     mixup: Mixup | None = None
 
@@ -45,8 +47,8 @@ def mix(video: Tensor, label: Tensor, mixup: Mixup) -> tuple[Tensor, Tensor]:
 def train_one_epoch(
     backend: Backend, loader, recipe: FinetuneRecipe, epoch: int, ema=None, state: RunState | None = None
 ) -> dict[str, float]:
-    """backend.unwrapped: clips -> logits. ema: timm's ModelEmaV3, or None. Returns epoch means; acc1 (%) where labels
-    are not mixed."""
+    """backend.unwrapped: clips -> logits. ema: timm's ModelEmaV3, or None. Returns epoch means; acc1 (%) where
+    labels are classes that are not mixed."""
     backend.unwrapped.train()
     runner = EpochRunner(recipe, backend, epoch, state)
     for index, step, batch in runner.batches(loader):
@@ -58,7 +60,7 @@ def train_one_epoch(
             smoothing = 0.0  # already in the soft labels
         with backend.autocast(), backend.no_sync():
             logits = backend.module(video)
-        loss = F.cross_entropy(logits.float(), label, label_smoothing=smoothing)
+        loss = recipe.task.loss(logits.float(), label, smoothing)
         backend.backward(loss)
         runner.metrics.update(loss=loss)
         if label.ndim == 1:
@@ -94,36 +96,43 @@ def average_batch_norm(module: nn.Module, device: torch.device) -> None:
 class Scores(NamedTuple):
     """Of a whole list of videos, on the CPU, in the list's order, the same on every process."""
 
-    probability: Tensor  # float32 [n, K], softmax averaged over views; zero where there are none
-    label: Tensor  # int64 [n]
+    probability: Tensor  # float32 [n, K], the task's scores averaged over views; zero where there are none
+    label: Tensor  # int64 [n], or float32 [n, K]: the task's targets
     found: Tensor  # bool [n], False: the video could not be read
     failed: list[str]  # "path: reason"
+
+    def measures(self, task: Task = SINGLE_LABEL) -> dict[str, float]:
+        return task.measures(self.probability, self.label, self.found)
 
     def accuracy(self, k: int) -> float:
         """Top-k in %; a video that could not be read is wrong."""
         return 100 * self.correct(k).double().mean().item()
 
     def ranking(self) -> Tensor:
-        """int64 [n, K]: classes from the most probable on; of equal ones the first comes first."""
-        return self.probability.sort(dim=1, descending=True, stable=True).indices
+        """See runtime.tasks.ranking."""
+        return ranking(self.probability)
 
     def correct(self, k: int) -> Tensor:
-        """bool [n]: whether the label is among the k most probable classes."""
-        return (self.ranking()[:, :k] == self.label[:, None]).any(dim=1) & self.found
+        """See runtime.tasks.correct."""
+        return correct(self.probability, self.label, self.found, k)
+
+    def predicted(self) -> Tensor:
+        """int64 [n]: the most probable class, -1 where the video could not be read."""
+        return self.ranking()[:, 0].where(self.found, -1)
 
     def loss(self) -> float:
         """Mean negative log of the label's probability over the videos read."""
-        chosen = self.probability.gather(1, self.label[:, None])[self.found]
-        return -chosen.clamp(min=1e-12).log().mean().item()
+        return single_label_measures(*self[:3])["loss"]
 
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, loader, recipe: Recipe, amp: str, batch_size: int, header: str = ""
+    model: nn.Module, loader, recipe: FinetuneRecipe, amp: str, batch_size: int, header: str = ""
 ) -> tuple[Tensor, Tensor, list[str]]:
     """This process's videos: index int64 [r], probability float32 [r, K] (both on the CPU), failures.
 
-    A video's probability is the mean over its views of softmax(logits); the model sees batch_size views at a time.
+    A video's probability is the mean over its views of the task's scores, softmax(logits) for one label per video; the
+    model sees batch_size views at a time.
     header: of a progress line every print_freq batches; "" prints none.
     """
     model.eval()
@@ -137,7 +146,7 @@ def predict(
             for views in batch["video"].split(batch_size):
                 with torch.autocast(device.type, AMP_DTYPES[amp], enabled=AMP_DTYPES[amp] is not None):
                     logits = model(prepare(views, recipe))
-                outputs.append(logits.float().softmax(dim=1))
+                outputs.append(recipe.task.scores(logits.float()))
             indices.append(batch["index"])
             probabilities.append(torch.cat(outputs).unflatten(0, (len(batch["index"]), -1)).mean(dim=1))
         if header and number % recipe.print_freq == 0:
@@ -149,7 +158,8 @@ def predict(
 
 
 def gather(index: Tensor, probability: Tensor, failed: list[str], label: Tensor) -> Scores:
-    """Puts the predictions of all processes together by the videos' index. label: int64 [n], of the whole list.
+    """Puts the predictions of all processes together by the videos' index. label: int64 [n] or float32 [n, K], of the
+    whole list.
 
     Raises: RuntimeError where a video was predicted twice, is neither predicted nor failed, or has no finite score.
     """
@@ -181,7 +191,7 @@ def gather(index: Tensor, probability: Tensor, failed: list[str], label: Tensor)
 def evaluate(
     model: nn.Module,
     loader,
-    recipe: Recipe,
+    recipe: FinetuneRecipe,
     amp: str,
     batch_size: int,
     allow_missing: bool = False,
@@ -191,17 +201,22 @@ def evaluate(
 
     Raises: VideoError that names the videos that cannot be read, unless allow_missing; on every process together.
     """
-    label = torch.tensor(loader.dataset.labels)
+    label = torch.as_tensor(loader.dataset.labels)
     scores = gather(*predict(model, loader, recipe, amp, batch_size, header), label)
+    check_read(scores, loader.dataset.list_path, allow_missing)
+    return scores
+
+
+def check_read(scores: Scores, list_path: str, allow_missing: bool) -> None:
+    """Raises VideoError where videos were not read; with allow_missing only where none was, else it names them."""
     if scores.failed and not (allow_missing and scores.found.any()):
         raise VideoError(
-            f"{len(scores.failed)} of {len(label)} videos of {loader.dataset.list_path} cannot be read: "
+            f"{len(scores.failed)} of {len(scores.label)} videos of {list_path} cannot be read: "
             f"{'; '.join(scores.failed[:3])}{'; ...' if len(scores.failed) > 3 else ''} (repair the list, for example "
             "with tools/check_videos.py, or count them as wrong with --allow_missing)"
         )
     for failure in scores.failed:
         log(f"warning: counted as wrong, cannot be read: {failure}")
-    return scores
 
 
 # --- probes: features of a frozen encoder, computed once ---------------------------------------------------------
@@ -218,7 +233,7 @@ class FeatureLoader:
         for batch in batches:
             if features is None:
                 features = batch["video"].new_empty(clips, *batch["video"].shape[1:])
-                label = batch["label"].new_empty(clips)
+                label = batch["label"].new_empty(clips, *batch["label"].shape[1:])
             end = start + len(batch["label"])
             features[start:end], label[start:end] = batch["video"], batch["label"]
             start = end
@@ -282,3 +297,29 @@ def store_features(probe: nn.Module, loader: Iterable, recipe: Recipe, amp: str,
                 checked = True
             batch = batch | {"video": features}
         yield batch
+
+
+def gather_features(probe: nn.Module, loader, recipe: Recipe, amp: str) -> Scores:
+    """Features of all videos of an evaluation loader's list, in its order, in the place of scores."""
+    index, features, failed = [torch.zeros(0, dtype=torch.int64)], [], []
+    for batch in store_features(probe, loader, recipe, amp, len(loader.dataset.labels)):
+        failed += batch["failed"]
+        if batch["video"] is not None:
+            index.append(batch["index"])
+            features.append(batch["video"])
+    features = torch.cat(features) if features else torch.zeros(0, 0)
+    return gather(torch.cat(index), features, failed, torch.as_tensor(loader.dataset.labels))
+
+
+def evaluate_neighbours(
+    probe: nn.Module, loaders: dict, recipe: Recipe, amp: str, neighbours: int, classes: int, allow_missing: bool
+) -> Scores:
+    """Scores of the videos of loaders["test"] by the nearest ones of loaders["train"] (see knn_votes), one central view
+    of each. The same on any number of processes. Raises: VideoError; UsageError."""
+    train, test = (gather_features(probe, loaders[split], recipe, amp) for split in ("train", "test"))
+    check_read(test, loaders["test"].dataset.list_path, allow_missing)
+    if not train.found.any():
+        raise VideoError(f"no video of {loaders['train'].dataset.list_path} can be read: {train.failed[0]}")
+    known = train.probability[train.found], train.label[train.found]
+    votes = knn_votes(*known, test.probability, classes, neighbours).float()
+    return Scores(votes * test.found[:, None], test.label, test.found, test.failed)

@@ -12,7 +12,7 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 
 import modeling_finetune
-from datasets.build import DATA_SETS, build_evaluation_loader, build_finetuning_loader
+from datasets.build import DATA_SETS, build_evaluation_loader, build_finetuning_loader, find_list
 from datasets.decoding import VideoError
 from engine_for_finetuning import (
     FeatureLoader,
@@ -21,6 +21,7 @@ from engine_for_finetuning import (
     StoredViews,
     average_batch_norm,
     evaluate,
+    evaluate_neighbours,
     store_features,
     train_one_epoch,
 )
@@ -36,6 +37,7 @@ from runtime.build import (
 from runtime.checkpoint import (
     CheckpointError,
     check_moments,
+    checkpoint_files,
     checkpoint_name,
     load_run,
     open_checkpoint,
@@ -68,8 +70,9 @@ from runtime.flags import (
 from runtime.launch import end_with_status, run_script
 from runtime.outputs import closing, open_output, write_deepspeed_configs
 from runtime.preemption import STOP, Preempted, PreemptionWatch, stop_at_once
-from runtime.reports import add_best_epoch, class_names, read_report, write_report
+from runtime.reports import CLASSES, add_best_epoch, class_names, read_report, saved_class_names, write_report
 from runtime.resume import find_resume, open_finetune, resume, save, saved_defaults
+from runtime.tasks import SINGLE_LABEL, TASKS, in_words, macro_f1
 from utils import (
     UsageError,
     all_gather_object,
@@ -86,18 +89,19 @@ from utils import (
     write_log,
 )
 
-BEST = "checkpoint-best.pth"  # of the highest validation top-1
+BEST = "checkpoint-best.pth"  # of the best validation: the highest top-1, see runtime.tasks for other tasks
 # What --eval takes from the checkpoint where the command line does not say it.
 TEST_FLAGS = (
     "model", "input_size", "num_frames", "patch_size", "tubelet_size", "sampling_rate", "num_segments", "data_set",
-    "nb_classes", "imagenet_default_mean_and_std", "linear_probe", "attentive_probe", "use_mean_pooling", "model_ema",
-    "short_side_size", "test_num_segment", "test_num_crop",
+    "task", "nb_classes", "imagenet_default_mean_and_std", "linear_probe", "attentive_probe", "use_mean_pooling",
+    "model_ema", "short_side_size", "test_num_segment", "test_num_crop",
 )  # fmt: skip
 # What a probe's defaults are instead: crops and flips alone, as in MAE's protocol (He 2022).
 PROBE_DEFAULTS = dict(
     layer_decay=1.0, mixup=0.0, cutmix=0.0, smoothing=0.0, aa="none", color_jitter=0.0, reprob=0.0, weight_decay=0.0,
     drop_path=0.0,
 )  # fmt: skip
+NOT_MIXED = dict(mixup=0.0, cutmix=0.0, smoothing=0.0)  # the defaults where a video has several labels, or values
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -155,6 +159,13 @@ def get_parser() -> argparse.ArgumentParser:
         action=SWITCH,
         help="a probe computes features once; --no-cache_features: new clips in every epoch",
     )
+    group.add_argument(
+        "--knn",
+        default=None,
+        type=int,
+        metavar="K",
+        help="no training: classify the test videos by the K nearest training videos in features of the frozen encoder",
+    )
     group.add_argument("--init_scale", default=0.001, type=float, help="scale of the initial weights of the classifier")
     group.add_argument("--use_mean_pooling", default=True, action=SWITCH, help="mean of the tokens, then a norm")
     group.add_argument(
@@ -184,7 +195,15 @@ def get_parser() -> argparse.ArgumentParser:
         choices=list(DATA_SETS),
         help="sets classes, sampling and flips; custom: any lists, with --nb_classes",
     )
-    group.add_argument("--nb_classes", default=None, type=int, help="number of classes; default: the data set's")
+    group.add_argument(
+        "--task",
+        default=SINGLE_LABEL.name,
+        choices=list(TASKS),
+        help="lists have a label per line; or several, joined by commas; or values, which are fitted",
+    )
+    group.add_argument(
+        "--nb_classes", default=None, type=int, help="number of classes, or of values; default: the data set's, or 1"
+    )
     group.add_argument("--eval_data_path", default=None, help="validation list; default: val.csv in --data_path")
     group.add_argument(
         "--test_data_path",
@@ -244,28 +263,35 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None, described: dict | None = None) -> argparse.Namespace:
     """A test takes its defaults from the checkpoint, a probe has its own; what the command line says stays.
 
-    Raises: CheckpointError, UsageError.
+    described: flags of a checkpoint that the caller has read. Raises: CheckpointError, UsageError.
     """
     parser = get_parser()
     args = parser.parse_args(arguments)
-    if args.eval:
+    if described is not None:
+        parser.set_defaults(**described)
+        args = parser.parse_args(arguments)
+    elif args.eval:
         path, state = find_finished(args)
         saved = saved_args(state, path)
         if isinstance(state.get("args"), dict) and "nb_classes" in saved:  # written by this script
             parser.set_defaults(**saved_defaults(parser, saved, TEST_FLAGS, path))
             args = parser.parse_args(arguments)
-    if args.linear_probe or args.attentive_probe:
-        parser.set_defaults(**PROBE_DEFAULTS)
-        args = parser.parse_args(arguments)
+    if probe_kind(args):
+        parser.set_defaults(**PROBE_DEFAULTS | (described or {}))
+    if args.task != SINGLE_LABEL.name:
+        parser.set_defaults(**NOT_MIXED)
+    if args.knn:
+        parser.set_defaults(test_num_segment=1, test_num_crop=1)
+    args = parser.parse_args(arguments)
     vars(args).pop("dist_eval", None)  # has no effect
     return args
 
 
 RANGES: Ranges = [
-    (AT_LEAST_1, "test_num_segment test_num_crop recount"),
+    (AT_LEAST_1, "test_num_segment test_num_crop recount knn"),
     (AT_MOST_1000, "test_num_segment test_num_crop recount"),
     (NOT_NEGATIVE, "init_scale"),
     # between, the beta distribution's draws would not be numbers
@@ -304,6 +330,46 @@ REFUSALS: Refusals = [
         "attentive_probe",
         lambda args: args.linear_probe and args.attentive_probe,
         "cannot be combined with --linear_probe: give one of them",
+    ),
+    (
+        "task",
+        lambda args: args.task != SINGLE_LABEL.name and mixing(args),
+        "the labels cannot be mixed: set --mixup 0 and --cutmix 0, and leave --cutmix_minmax out",
+    ),
+    (
+        "smoothing",
+        lambda args: args.task != SINGLE_LABEL.name and args.smoothing,
+        "smooths one label per video, which --task {task} does not have: set it to 0",
+    ),
+    (
+        "data_set",
+        lambda args: args.task != SINGLE_LABEL.name and args.data_set != "custom",
+        "has one label per video: with --task {task} use --data_set custom",
+    ),
+    (
+        "allow_missing",
+        lambda args: args.task == "regression" and args.allow_missing,
+        "with --task regression no value is the wrong one: repair the list with tools/check_videos.py",
+    ),
+    (
+        "knn",
+        lambda args: args.knn and (args.linear_probe or args.attentive_probe),
+        "cannot be combined with --linear_probe or --attentive_probe: it is a probe of its own",
+    ),
+    (
+        "knn",
+        lambda args: args.knn and (args.eval or args.resume),
+        "tests --finetune's encoder and trains nothing: remove --eval and --resume",
+    ),
+    (
+        "knn",
+        lambda args: args.knn and args.task != SINGLE_LABEL.name,
+        "votes for one label per video, which --task {task} does not have",
+    ),
+    (
+        "knn",
+        lambda args: args.knn and args.test_num_segment * args.test_num_crop > 1,
+        "takes the central view of each video: remove --test_num_segment and --test_num_crop",
     ),
     (
         "layer_decay",
@@ -373,9 +439,10 @@ def check_flags(args) -> None:
     check_values(args, RANGES, REFUSALS)
     data_set = DATA_SETS[args.data_set]
     if args.nb_classes is None:
-        args.nb_classes = data_set.num_classes
-    if args.nb_classes is None or args.nb_classes < 2:
-        raise UsageError(f"--data_set {args.data_set} needs --nb_classes, the number of classes, at least 2")
+        args.nb_classes = 1 if args.task == "regression" else data_set.num_classes
+    least = 2 if args.task == SINGLE_LABEL.name else 1
+    if args.nb_classes is None or args.nb_classes < least:
+        raise UsageError(f"--data_set {args.data_set} needs --nb_classes, the number of classes, at least {least}")
     if args.nb_classes > 10_000:  # the test's table of confusions has its square
         raise UsageError(f"--nb_classes {args.nb_classes}: at most 10000")
     if data_set.num_classes not in (None, args.nb_classes):
@@ -402,7 +469,7 @@ def check_flags(args) -> None:
 
 
 def probe_kind(args) -> str:
-    return "linear" if args.linear_probe else "attentive" if args.attentive_probe else ""
+    return "linear" if args.linear_probe or args.knn else "attentive" if args.attentive_probe else ""
 
 
 def mixing(args) -> bool:
@@ -433,9 +500,10 @@ def build_classifier(args, position_table: torch.Tensor | None) -> torch.nn.Modu
     return modeling_finetune.Probe(model, probe, args.nb_classes) if probe else model
 
 
-def load_finetune(args, model: torch.nn.Module | None = None) -> torch.nn.Module:
-    """A classifier that starts from --finetune's encoder, with a line on what was taken. Raises CheckpointError."""
-    path, state = open_finetune(args, BEST)
+def load_finetune(args, opened: tuple[Path, dict] | None = None) -> torch.nn.Module:
+    """A classifier that starts from --finetune's encoder, with a line on what was taken. opened: what open_finetune
+    gave, if it was called before. Raises CheckpointError."""
+    path, state = opened or open_finetune(args, BEST)
     weights = encoder_weights(state, path, tuple(args.model_key.split("|")), args.model_prefix)
     kind = saved_args(state, path).get("mask_type")
     if isinstance(state.get(kind), dict):  # its sampler, to be named as left over
@@ -470,13 +538,20 @@ def load_finished(args, path: str | Path, state: dict, keys: str = "model") -> t
 
 
 class Run:
-    """Model, optimizer, moving average and the best accuracy so far: the state that a checkpoint holds.
+    """Model, optimizer, moving average and the best validation so far: the state that a checkpoint holds.
 
-    found: the checkpoint to go on from; its weights are loaded here, the rest by load().
+    found: the checkpoint to go on from; its weights are loaded here, the rest by load(). names: of the classes.
     """
 
-    def __init__(self, args, model: torch.nn.Module, device: torch.device, found: tuple[Path, dict] | None = None):
-        self.args, self.device = args, device
+    def __init__(
+        self,
+        args,
+        model: torch.nn.Module,
+        device: torch.device,
+        found: tuple[Path, dict] | None = None,
+        names: list[str] | None = None,
+    ):
+        self.args, self.device, self.task, self.names = args, device, TASKS[args.task], names or []
         if found:
             self._check(*found)
             load_weights(model, found[1]["model"], found[0])
@@ -490,7 +565,7 @@ class Run:
         if args.model_ema:
             ema_device = torch.device("cpu") if args.model_ema_force_cpu else None
             self.ema = ModelEmaV3(model, args.model_ema_decay, device=ema_device)
-        self.best = {"acc1": -1.0, "epoch": -1}
+        self.best = {self.task.metric: self.task.worst, "epoch": -1}
         self.unvalidated: dict | None = None  # what an epoch logged whose validation failed
 
     @property
@@ -504,6 +579,7 @@ class Run:
         """What checkpoint-best.pth holds; `model` has VideoMAE's names. Every process has to ask."""
         model = self.backend.weights(self.backend.unwrapped)
         state = {"model": model, "epoch": epoch, "best": self.best, "args": vars(self.args)}
+        state["class_names"] = self.names
         return state | ({"model_ema": self.ema.module.state_dict()} if self.ema else {})
 
     def state(self, epoch: int, midway: dict | None = None) -> dict:
@@ -518,6 +594,8 @@ class Run:
             raise CheckpointError(
                 f"{path}: cannot be resumed, it has no {', '.join(missing)}; to start from its weights use --finetune"
             )
+        if self.task.metric not in state["best"]:
+            raise CheckpointError(f"{path}: was not trained with --task {self.task.name}; use --finetune instead")
 
     def load(self, path: Path, state: dict) -> int:
         """Restores all but the weights; returns the epoch after the last whole one. Raises CheckpointError."""
@@ -538,9 +616,13 @@ class Run:
 def build_loaders(args) -> dict:
     """Loaders "train" (unless --eval), "val" (unless disabled) and "test". Raises UsageError, ListError."""
     try:
-        loaders = {} if args.eval else {"train": build_finetuning_loader(args, args.rank, args.world_size)}
+        loaders = {}
+        if args.knn:
+            loaders["train"] = build_evaluation_loader(args, "train", args.rank, args.world_size)
+        elif not args.eval:
+            loaders["train"] = build_finetuning_loader(args, args.rank, args.world_size)
         for split in ("val", "test"):
-            if split == "test" or not (args.eval or args.disable_eval_during_finetuning):
+            if split == "test" or not (args.eval or args.knn or args.disable_eval_during_finetuning):
                 loaders[split] = build_evaluation_loader(args, split, args.rank, args.world_size)
     except (ValueError, ImportError) as error:  # the lists, the batch size, --aa, a decoder that is not installed
         raise UsageError(str(error)) from error
@@ -566,7 +648,7 @@ def build_recipe(args, device: torch.device, loaders: dict) -> FinetuneRecipe:
         label_smoothing=args.smoothing, num_classes=args.nb_classes,
     ) if mixing(args) else None  # fmt: skip
     settings = recipe_settings(args, device, steps_per_epoch)
-    return FinetuneRecipe(smoothing=args.smoothing, mixup=mixup, **settings)
+    return FinetuneRecipe(task=TASKS[args.task], smoothing=args.smoothing, mixup=mixup, **settings)
 
 
 def store_probe_features(run: Run, loaders: dict, recipe: FinetuneRecipe) -> None:
@@ -602,13 +684,45 @@ def test(
     views = f"{args.test_num_segment} x {args.test_num_crop} views"
     log(f"testing {source}: {len(loader.dataset)} videos, {views}")
     scores = evaluate(model, loader, recipe, args.amp, args.batch_size, args.allow_missing, "test")
-    log(
-        f"test: top-1 {scores.accuracy(1):.2f} %, top-5 {scores.accuracy(5):.2f} %, {len(scores.label)} videos, {views}"
-    )
+    log(f"test: {recipe.task.text(scores.measures(recipe.task))}, {len(scores.label)} videos, {views}")
     if output and is_main_process():
-        write_report(output, scores, loader.dataset.paths, names, test_settings(args, loader, source))
-        log(f"wrote test.json, per_class.csv, predictions.csv, scores.npz and confusion.png to {output}")
+        write_report(output, scores, loader.dataset.paths, names, test_settings(args, loader, source), recipe.task)
+        log(f"wrote test.json, predictions.csv, scores.npz and tables to {output}")
     return scores
+
+
+def run_knn(args, device: torch.device, loaders: dict, recipe: FinetuneRecipe, names: list[str]) -> None:
+    """--knn: stores features of the frozen encoder, lets the nearest training videos vote, and writes the report."""
+    args.epochs = 0  # what args.json says: nothing is trained
+    opened = open_finetune(args, BEST) if args.finetune else None
+    probe = (load_finetune(args, opened) if opened else build_classifier(args, None)).to(device)
+    output = Path(args.output_dir) if args.output_dir else None
+    source = str(opened[0]) if opened else "random weights"
+    settings = test_settings(args, loaders["test"], source) | {"knn": args.knn}
+    done = output and (is_tested(output, settings), checkpoint_files(output) != [])
+    tested, trained = all_gather_object(done)[0] or (False, False)
+    if trained:
+        raise UsageError(f"--output_dir {output}: contains a run that was trained; give --knn a folder of its own")
+    if tested:
+        return log(f"nothing to do: tested ({output / 'test.json'})")
+    open_output(args)
+    log(f"the frozen encoder reads {len(loaders['train'].dataset)} + {len(loaders['test'].dataset)} videos")
+    scores = evaluate_neighbours(probe, loaders, recipe, args.amp, args.knn, args.nb_classes, args.allow_missing)
+    measures = scores.measures()
+    if output and is_main_process():
+        drop_epochs_from(output / "log.txt", -1)
+        write_report(output, scores, loaders["test"].dataset.paths, names, settings)
+        write_log(output, {"epoch": -1, "n_parameters": 0})  # for tools/compare_runs.py
+    f1 = macro_f1(scores.predicted(), scores.label, args.nb_classes)
+    log(f"{args.knn} nearest neighbours: {recipe.task.text(measures)}, macro-F1 {f1:.2f} %, {len(scores.label)} videos")
+
+
+def names_of_classes(args, test_list: str, state: dict | None = None) -> list[str]:
+    """Of classes.txt beside the test list or the training list, else those a checkpoint has, else numbers."""
+    for folder in map(os.path.dirname, (test_list, find_list(args, "train"))):
+        if os.path.isfile(os.path.join(folder, CLASSES)):
+            return class_names(folder, args.nb_classes)
+    return saved_class_names(state or {}, args.nb_classes)
 
 
 def run_finetuning(args) -> None:
@@ -619,10 +733,13 @@ def run_finetuning(args) -> None:
     device = torch.device(args.device, args.local_rank) if args.device == "cuda" else torch.device("cpu")
     seed_everything(args.seed)  # the same weights on every rank
     loaders = build_loaders(args)
-    names = class_names(os.path.dirname(loaders["test"].dataset.list_path), args.nb_classes)
-    recipe = build_recipe(args, device, loaders)
+    test_list = loaders["test"].dataset.list_path
+    recipe = build_recipe(args, device, {} if args.knn else loaders)
+    if args.knn:
+        return run_knn(args, device, loaders, recipe, names_of_classes(args, test_list))
     if args.eval:
         path, state = find_finished(args)
+        names = names_of_classes(args, test_list, state)
         model = load_finished(args, path, state, args.model_key).to(device)
         output, _ = open_output(args, "eval_args.json")
         test(model, loaders["test"], recipe, args, str(path), output, names)
@@ -636,7 +753,8 @@ def run_finetuning(args) -> None:
         raise UsageError(f"--start_epoch {args.start_epoch}: there is no such epoch in --epochs {args.epochs}")
     else:
         model = load_finetune(args) if args.finetune else build_classifier(args, None)
-    run = Run(args, model, device, found)
+    names = names_of_classes(args, test_list, found and found[1])
+    run = Run(args, model, device, found, names)
     seed_everything(args.seed, args.rank)  # dropout, stochastic depth and mixup differ between ranks
     output, log_writer = open_output(args)
     run_state = RunState(output=output, log_writer=log_writer)
@@ -652,7 +770,9 @@ def run_finetuning(args) -> None:
     first_epoch, run_state.midway = resume(run, args, found, recipe.steps_per_epoch)
     if found and output and found[0].parent.resolve() == output.resolve():
         best = read_best(output)  # a killed run may have got further than its newest checkpoint
-        run.best = max(run.best, best.get("best", run.best), key=lambda b: b["acc1"])
+        metric = run.task.metric
+        if metric in best.get("best", {}) and run.task.better(best["best"][metric], run.best[metric]):
+            run.best = best["best"]
     found = weights = best = None  # or every process would hold them during the whole run
     check_same_on_all_ranks(run.best, "best checkpoints")
     if output and is_main_process():
@@ -687,13 +807,11 @@ def run_finetuning(args) -> None:
     if run.best["epoch"] != last:
         model = load_finished(args, output / BEST, best).to(device)
         scores = evaluate(model, loaders["test"], recipe, args.amp, args.batch_size, args.allow_missing, "best epoch")
+    measures = scores.measures(run.task)
     note = ", which was chosen on the videos of the test: too high a figure" if chosen_on_test else ""
-    log(
-        f"the best epoch of the validation, {run.best['epoch']}: top-1 {scores.accuracy(1):.2f} %, "
-        f"top-5 {scores.accuracy(5):.2f} %{note}"
-    )
+    log(f"the best epoch of the validation, {run.best['epoch']}: {run.task.text(measures)}{note}")
     if output and is_main_process():
-        add_best_epoch(output, scores, run.best["epoch"], chosen_on_test)
+        add_best_epoch(output, measures, run.best["epoch"], chosen_on_test, run.task)
 
 
 def same_videos(val, test) -> bool:
@@ -740,18 +858,19 @@ def find_finished(args) -> tuple[str | Path, dict]:
 
 
 def validate(run: Run, loader, recipe: FinetuneRecipe, state: RunState, epoch: int) -> dict[str, float]:
-    """Accuracies of the central view of each video; writes checkpoint-best.pth when top-1 has risen."""
-    args = run.args
+    """Measures of the central view of each video; writes checkpoint-best.pth when the first of them is the best."""
+    args, metric = run.args, run.task.metric
     scores = evaluate(run.evaluated, loader, recipe, args.amp, args.batch_size, args.allow_missing)
     run.backend.offload_replica()
-    stats = {"val_acc1": scores.accuracy(1), "val_acc5": scores.accuracy(5), "val_loss": scores.loss()}
-    if stats["val_acc1"] > run.best["acc1"]:
-        run.best = {"acc1": stats["val_acc1"], "epoch": epoch}
+    measures = scores.measures(run.task)
+    stats = {f"val_{name}": value for name, value in measures.items()}
+    if run.task.better(measures[metric], run.best[metric]):
+        run.best = {metric: measures[metric], "epoch": epoch}
         if state.output and args.save_ckpt:
             save_best(state.output / BEST, run.weights(epoch))
     log(
-        f"epoch {epoch} validation: top-1 {stats['val_acc1']:.2f} %, top-5 {stats['val_acc5']:.2f} %, loss "
-        f"{stats['val_loss']:.4g}; best top-1 {run.best['acc1']:.2f} % in epoch {run.best['epoch']}"
+        f"epoch {epoch} validation: {run.task.text(measures)}, loss {measures['loss']:.4g}; best "
+        f"{in_words(metric, run.best[metric])} in epoch {run.best['epoch']}"
     )
     if state.log_writer is not None:
         for name, value in stats.items():

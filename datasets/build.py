@@ -103,7 +103,7 @@ def build_finetuning_loader(
 ) -> DataLoader:
     """As build_pretraining_loader, with labels checked against args.nb_classes and the augmentation of fine-tuning.
 
-    Reads further: num_segments, nb_classes, crop_scale, aa, flip, reprob, remode, recount, resplit,
+    Reads further: num_segments, nb_classes, task, crop_scale, aa, flip, reprob, remode, recount, resplit,
     imagenet_default_mean_and_std.
     """
     mean, std = mean_and_std(args.imagenet_default_mean_and_std)
@@ -135,14 +135,18 @@ def build_finetuning_loader(
         # --resplit: the first clip of a video is never erased
         first_transform=make_transform(erase_probability=0.0) if args.resplit else None,
         max_short_side=args.max_short_side or None,
+        task=args.task,
     )
     return _training_loader(dataset, args, rank, world_size, drop_last)
 
 
-def build_evaluation_loader(args: argparse.Namespace, split: str, rank: int = 0, world_size: int = 1) -> DataLoader:
+def build_evaluation_loader(
+    args: argparse.Namespace, split: str, rank: int = 0, world_size: int = 1, paths: list[str] | None = None
+) -> DataLoader:
     """Views of the videos of one rank: every world_size-th video, none dropped and none twice.
 
-    split "val": one central view per video; "test": test_num_segment x test_num_crop views.
+    split "val": one central view per video, "train" too; "test": test_num_segment x test_num_crop views. paths: of
+    videos to read in place of the split's list.
     Batches: see datasets.video.collate_views; as many videos as have batch_size views, at least one.
     Reads of args: see build_finetuning_loader, and short_side_size.
     """
@@ -150,7 +154,7 @@ def build_evaluation_loader(args: argparse.Namespace, split: str, rank: int = 0,
     if split == "test":
         num_views, num_crops = args.test_num_segment, args.test_num_crop
     dataset = EvalVideoDataset(
-        find_list(args, split),
+        find_list(args, split) if paths is None else "",
         args.num_frames,
         args.sampling_rate,
         functools.partial(spatial_crops, size=args.input_size, short_side=args.short_side_size, num_crops=num_crops),
@@ -158,6 +162,8 @@ def build_evaluation_loader(args: argparse.Namespace, split: str, rank: int = 0,
         args.num_segments,
         args.nb_classes,
         args.decoder,
+        args.task,
+        paths,
     )
     return DataLoader(
         dataset,
@@ -217,13 +223,13 @@ def _worker_settings(args: argparse.Namespace) -> dict[str, Any]:
         pin_memory=args.pin_mem and args.device == "cuda",
         persistent_workers=args.num_workers > 0,
         timeout=LOADER_TIMEOUT if args.num_workers else 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         # torch draws a seed for the workers: from this generator, so that no draw of the training process changes
         generator=torch.Generator().manual_seed(args.seed),
     )
 
 
-def _start_worker(worker_id: int) -> None:
+def start_worker(worker_id: int) -> None:
     """Runs first in each loader process."""
     torch.set_num_threads(1)  # workers share the cores with one another and with the training process
     # schedulers and terminals signal all processes; only the training process decides when to stop

@@ -69,6 +69,15 @@ class VideoReader:
         """
         raise NotImplementedError
 
+    def decode_all(self) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+        """Decodes everything once, in order: (index, a function that gives the frame uint8 [H, W, 3], RGB). Raises:
+        VideoError."""
+        raise NotImplementedError
+
+    def time(self, index: int) -> float:
+        """When a frame is shown, in seconds from the first one; by the average rate where the file does not tell."""
+        raise NotImplementedError
+
     def check(self) -> dict[str, Any]:
         """Decodes everything: dict(frames, as training counts them; decoded; width; height; errors, the number of
         damaged packets; decoder). Raises: VideoError."""
@@ -188,6 +197,15 @@ class DecordReader(VideoReader):
             return frames
         except self.errors as error:
             raise VideoError(self.path, f"decord cannot decode it ({_brief(error)})") from error
+
+    def decode_all(self) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+        with one_line(self.path, self.package):
+            self.video.seek(0)
+            for index in range(len(self)):
+                yield index, self.video.next().asnumpy
+
+    def time(self, index: int) -> float:
+        return index / self.video.get_avg_fps()
 
     def check(self) -> dict[str, Any]:
         length, sizes = len(self), set()
@@ -359,6 +377,24 @@ class PyAVReader(VideoReader):
                         yield frame
                 if packet is None:
                     return
+
+    def decode_all(self) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+        rgb, size = self.converter(None), None
+        with one_line(self.path, self.package):
+            for index, frame in enumerate(self.plain()):
+                size = size or (frame.height, frame.width)
+                if (frame.height, frame.width) != size:
+                    raise RefusedVideo(self.path, "the frame size changes within the video")
+                yield index, functools.partial(rgb, frame)
+        if size is None:
+            raise VideoError(self.path, "no frame can be decoded")
+
+    def time(self, index: int) -> float:
+        rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
+        if self.survey is None:
+            return index / rate
+        times, last = self.survey.times, len(self.survey.times) - 1
+        return float((times[min(index, last)] - times[0]) * self.stream.time_base) + max(index - last, 0) / rate
 
     def confirm(self) -> None:
         """Decodes everything: from here on the length is that of what came out, and no header is used.
@@ -709,6 +745,21 @@ def decord_is_exact(video: PyAVReader) -> bool:
     return not video.mirrored()
 
 
+def first_reading(path: str, decoder: str, read: Callable[[VideoReader], Any]) -> Any:
+    """Opens a video, and returns read(video); with "auto" the other back end is tried if the first cannot read the
+    file. Raises: VideoError with the first back end's reason."""
+    errors = []
+    for name in decoders_for(path, decoder):
+        try:
+            with open_video(path, name) as video:
+                return read(video)
+        except VideoError as error:
+            errors.append(error)
+            if isinstance(error, RefusedVideo):
+                break
+    raise errors[0]
+
+
 def read_frames(
     path: str, choose: Sequence[int] | Choose, decoder: str = "auto", max_short_side: int | None = None
 ) -> torch.Tensor:
@@ -717,13 +768,4 @@ def read_frames(
     With "auto" the other back end is tried if the first cannot read the file. Args: see VideoReader.read.
     Raises: VideoError with the first back end's reason.
     """
-    errors = []
-    for name in decoders_for(path, decoder):
-        try:
-            with open_video(path, name) as video:
-                return video.read(choose, max_short_side)
-        except VideoError as error:
-            errors.append(error)
-            if isinstance(error, RefusedVideo):
-                break
-    raise errors[0]
+    return first_reading(path, decoder, lambda video: video.read(choose, max_short_side))

@@ -1,10 +1,18 @@
 """Lists of videos: reading them, and what a line looks like."""
 
 import csv
+import math
 import os
 import re
 
 FORMATS = "write `path label` or `path num_frames label` on each line, label an integer (-1 = none)"
+# Of --task: what a line looks like where it has no single label.
+SEVERAL = {
+    "multi_label": "write `path labels` on each line, the labels of a video joined by commas, as in `a.mp4 3,7` "
+    "(-1 = none of the classes)",
+    "regression": "write `path values` on each line, the values of a video joined by commas, as in `a.mp4 0.5,1.25`",
+}
+Label = int | tuple[int, ...] | tuple[float, ...]
 MAX_LABEL = 999_999_999
 
 
@@ -99,19 +107,56 @@ def _parse_line(line: str, place: str, first: bool, num_classes: int | None) -> 
     return path, int(label)
 
 
-def read_list(list_path: str | os.PathLike, num_classes: int | None = None) -> tuple[list[str], list[int]]:
+def _parse_several(line: str, place: str, task: str, count: int) -> tuple[str, Label]:
+    """(path, labels) of a stripped line of SEVERAL. Raises: ListError."""
+    form = SEVERAL[task]
+    path, _, last = line.replace("\t", " ").rpartition(" ")
+    path = path.rstrip().removesuffix(",")
+    if not path or "\0" in line:
+        raise ListError(f"{place}: no space between path and labels in {excerpt(line)}; {form}")
+    if quoted := re.fullmatch('"((?:[^"]|"")+)"(?: +[0-9]+)?', path):
+        path = quoted[1].replace('""', '"')
+    elif frames := _cut_number(path):  # a column of frame counts, as in lists of single labels
+        path = frames[0]
+    values = last.split(",")
+    if task == "regression":
+        try:
+            numbers = tuple(map(float, values))
+        except ValueError:
+            numbers = ()
+        if not numbers or not all(map(math.isfinite, numbers)):
+            raise ListError(f"{place}: {excerpt(last)} in {excerpt(line)} is not a number, or several; {form}")
+        if len(numbers) != count:
+            raise ListError(f"{place}: {len(numbers)} value(s) in {excerpt(line)}, --nb_classes is {count}; {form}")
+        return path, numbers
+    if values == ["-1"]:
+        return path, ()
+    for value in values:
+        if not re.fullmatch("[0-9]{1,9}", value) or int(value) >= count:
+            raise ListError(
+                f"{place}: label {excerpt(value)} in {excerpt(line)} is not one of the {count} classes, 0 to "
+                f"{count - 1}: correct the list or --nb_classes; {form}"
+            )
+    return path, tuple(map(int, values))
+
+
+def read_list(
+    list_path: str | os.PathLike, num_classes: int | None = None, task: str = "single_label"
+) -> tuple[list[str], list[Label]]:
     """Reads a list of videos: one per line, `path label` or `path num_frames label`, separated by spaces or a comma.
 
     Lines that are blank or start with # are skipped; relative paths start at the list's folder. With num_classes every
-    label must be one of 0 .. num_classes - 1.
+    label must be one of 0 .. num_classes - 1. The other tasks of runtime/tasks.py need num_classes; their labels are
+    tuples: the classes of a video, perhaps none; or its num_classes values (see SEVERAL).
     Returns: paths (absolute) and labels (-1 means no label, as in VideoMAE V2's lists).
     Raises: ListError.
     """
+    form = SEVERAL.get(task, FORMATS)
     if os.path.isdir(list_path):
-        raise ListError(f"{list_path} is a folder: give a list file; {FORMATS}")
+        raise ListError(f"{list_path} is a folder: give a list file; {form}")
     if not os.path.isfile(list_path):  # reading a pipe or a device would wait without end
         kind = "not a regular file" if os.path.exists(list_path) else "no such list of videos"
-        raise ListError(f"{list_path}: {kind}; {FORMATS}")
+        raise ListError(f"{list_path}: {kind}; {form}")
     folder = os.path.dirname(os.path.abspath(list_path))
     paths, labels = [], []
     try:
@@ -121,13 +166,16 @@ def read_list(list_path: str | os.PathLike, num_classes: int | None = None) -> t
                 if not line or line.startswith("#"):
                     continue
                 place = f"{list_path}, line {number}"
-                path, label = _parse_line(line, place, first=not paths, num_classes=num_classes)
+                if task in SEVERAL:
+                    path, label = _parse_several(line, place, task, num_classes)
+                else:
+                    path, label = _parse_line(line, place, first=not paths, num_classes=num_classes)
                 paths.append(os.path.join(folder, path))
                 labels.append(label)
     except UnicodeDecodeError as error:
-        raise ListError(f"{list_path} is not a text file ({error.reason}): give a list of videos; {FORMATS}") from error
+        raise ListError(f"{list_path} is not a text file ({error.reason}): give a list of videos; {form}") from error
     except OSError as error:  # no permission, a lost mount
-        raise ListError(f"{list_path} cannot be read ({error.strerror}); {FORMATS}") from error
+        raise ListError(f"{list_path} cannot be read ({error.strerror}); {form}") from error
     if not paths:
-        raise ListError(f"{list_path} names no video; {FORMATS}")
+        raise ListError(f"{list_path} names no video; {form}")
     return paths, labels

@@ -59,13 +59,27 @@ def _segment_indices(
     return indices
 
 
+def read_targets(list_path: str, num_classes: int | None, task: str) -> tuple[list[str], list[int] | torch.Tensor]:
+    """Paths of a list, and its labels: ints; or what a loss takes where there are several: float32 [n, num_classes], 1
+    for the classes of a video ("multi_label"), or its values ("regression"). Raises: ListError."""
+    paths, labels = read_list(list_path, num_classes, task)
+    if task == "regression":
+        return paths, torch.tensor(labels, dtype=torch.float32)
+    if task == "multi_label":
+        target = torch.zeros(len(paths), num_classes)
+        rows = [row for row, label in enumerate(labels) for _ in label]
+        target[rows, [k for label in labels for k in label]] = 1
+        return paths, target
+    return paths, labels
+
+
 class TrainVideoDataset(Dataset):
     """Random clips of videos. The key of an item is (index, seed), and everything random in it comes from the seed, so
     that it is the same on any number of workers and in any order.
 
     Args: list_path (see read_list); num_frames T and stride in frames; transform(clip uint8 [T, 3, H, W], rng) ->
     uint8 [T, 3, S, S]; num_sample, clips taken from one decoded video; decoder; max_retries, videos tried for one item;
-    num_segments, see clip_indices; num_classes, to check labels against; first_transform, of a video's first clip
+    num_segments, see clip_indices; num_classes and task, see read_targets; first_transform, of a video's first clip
     (None: as the others); max_short_side in pixels: larger frames are scaled down to it (None: they keep their size).
     Raises: ListError; ImportError if no decoder is installed.
     """
@@ -83,9 +97,10 @@ class TrainVideoDataset(Dataset):
         num_classes: int | None = None,
         first_transform: Transform | None = None,
         max_short_side: int | None = None,
+        task: str = "single_label",
     ) -> None:
         self.list_path = list_path
-        self.paths, self.labels = read_list(list_path, num_classes)
+        self.paths, self.labels = read_targets(list_path, num_classes, task)
         self.num_frames, self.stride, self.num_sample, self.num_segments = num_frames, stride, num_sample, num_segments
         self.max_short_side = max_short_side
         self.transforms = [first_transform or transform] + [transform] * (num_sample - 1)
@@ -98,8 +113,8 @@ class TrainVideoDataset(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         """item: (index of the video, seed). A video that cannot be read is replaced by one drawn at random, and named.
 
-        Returns: dict(video=uint8 [num_sample, T, 3, S, S], label=int64 [num_sample], seed=int64 [num_sample] for each
-        clip's mask noise, index=the video used, failed=list of "path: reason").
+        Returns: dict(video=uint8 [num_sample, T, 3, S, S], label=int64 [num_sample] or float32 [num_sample, K],
+        seed=int64 [num_sample] for each clip's mask noise, index=the video used, failed=list of "path: reason").
         Raises: VideoError after max_retries unreadable videos.
         """
         index, seed = item
@@ -113,7 +128,7 @@ class TrainVideoDataset(Dataset):
                 index = rng.randrange(len(self))  # from the item's seed: the same replacement on any worker
                 continue
             seeds = torch.tensor([rng.getrandbits(63) for _ in range(self.num_sample)])
-            labels = torch.full((self.num_sample,), self.labels[index])
+            labels = torch.stack([torch.as_tensor(self.labels[index])] * self.num_sample)
             return dict(video=clips, label=labels, seed=seeds, index=index, failed=failed)
         reason = f"{len(failed)} videos in a row cannot be read; the first: {failed[0]}"
         raise VideoError(self.list_path, f"{reason}; check the list's paths, and that the files play")
@@ -134,8 +149,8 @@ class TrainVideoDataset(Dataset):
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Joins B items: dict(video=uint8 [B * num_sample, T, 3, S, S], label and seed=int64 [B * num_sample],
-    index=int64 [B], failed=list)."""
+    """Joins B items: dict(video=uint8 [B * num_sample, T, 3, S, S], label=int64 [B * num_sample] (or float32, with a
+    dimension K more), seed=int64 [B * num_sample], index=int64 [B], failed=list)."""
     return dict(
         video=torch.cat([item["video"] for item in items]),
         label=torch.cat([item["label"] for item in items]),
@@ -148,8 +163,9 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 class EvalVideoDataset(Dataset):
     """All views of a video from one decode: num_views temporal clips x num_crops spatial crops, nothing random.
 
-    Args: crop(frames uint8 [n, 3, H, W]) -> uint8 [num_crops, n, 3, S, S], such as transforms.spatial_crops; the others
-    as in TrainVideoDataset and view_indices. Raises: ListError; ImportError.
+    Args: crop(frames uint8 [n, 3, H, W]) -> uint8 [num_crops, n, 3, S, S], such as transforms.spatial_crops; paths, of
+    videos without labels, in place of a list; the others as in TrainVideoDataset and view_indices. Raises: ListError;
+    ImportError.
     """
 
     def __init__(
@@ -162,9 +178,14 @@ class EvalVideoDataset(Dataset):
         num_segments: int = 1,
         num_classes: int | None = None,
         decoder: str = "auto",
+        task: str = "single_label",
+        paths: list[str] | None = None,
     ) -> None:
         self.list_path = list_path
-        self.paths, self.labels = read_list(list_path, num_classes)
+        if paths is None:
+            self.paths, self.labels = read_targets(list_path, num_classes, task)
+        else:
+            self.paths, self.labels = paths, [-1] * len(paths)
         self.num_frames, self.stride, self.num_segments = num_frames, stride, num_segments
         self.crop, self.num_views = crop, num_views
         decoders_for(self.paths[0], decoder)  # as in TrainVideoDataset

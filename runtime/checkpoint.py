@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from runtime.foreign_files import CheckpointError, load_beside, load_checkpoint, weights_in
+from runtime.tasks import TASKS
 
 MODEL_KEYS = ("model", "module")  # where weights are looked for first, as VideoMAE does
 
@@ -177,6 +178,7 @@ def set_aside_later(folder: Path, epoch: int, steps: float, found: Path | None) 
 # What the entries of a run's checkpoint are.
 KINDS = {name: dict for name in ("model", "model_ema", "optimizer", "scaler", "best")}
 KINDS |= {"rng": list, "epoch": int, "step": int, "unvalidated": dict | None, "midway": dict | None}
+KINDS |= {"class_names": list}
 
 
 def check_run_state(state: dict, path: str | Path) -> None:
@@ -189,9 +191,13 @@ def check_run_state(state: dict, path: str | Path) -> None:
             raise CheckpointError(f"{path}: its {name} is a {type(state[name]).__name__}, not a {wanted}")
     if not -1 <= state.get("epoch", 0) < 2**31:
         raise CheckpointError(f"{path}: its epoch is {state['epoch']}")
-    best = state.get("best", {"acc1": 0.0, "epoch": 0})
-    if not all(isinstance(best.get(name), numbers.Real) for name in ("acc1", "epoch")):
-        raise CheckpointError(f"{path}: its best has no numbers acc1 and epoch")
+    name = saved_args(state, path).get("task", "single_label")
+    task = TASKS.get(name) if isinstance(name, str) else None
+    if task is None:
+        raise CheckpointError(f"{path}: its --task is none of {', '.join(TASKS)}")
+    best = state.get("best", {task.metric: 0.0, "epoch": 0})
+    if not all(isinstance(best.get(name), numbers.Real) for name in (task.metric, "epoch")):
+        raise CheckpointError(f"{path}: its best has no numbers {task.metric} and epoch")
     if not all(value is None or isinstance(value, numbers.Real) for value in (state.get("unvalidated") or {}).values()):
         raise CheckpointError(f"{path}: its unvalidated epoch has other values than numbers")
     midway = state.get("midway")

@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.tasks import SINGLE_LABEL, TITLES, Task
 from tools.common import replacing
 from tools.run_folders import KINDS, PRETRAINING, Run
 from tools.seed_statistics import UNDECIDED, Paired, interval
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 LOGGED = {"loss": "reconstruction error", "motion_lift": "motion lift", "entropy": "entropy / log N"}
 
 
-def draw_curves(path: Path, rows: list[dict[str, list[Run]]], labels: list[str]) -> bool:
+def draw_curves(path: Path, rows: list[dict[str, list[Run]]], labels: list[str], task: Task = SINGLE_LABEL) -> bool:
     """Mean of the seeds over epochs and a band from the least to the greatest, a panel for each of what was logged.
 
-    Args: rows, the runs of each kind, a dictionary for each row; labels, one per row.
+    Args: rows, the runs of each kind, a dictionary for each row; labels, one per row; task, of the runs.
     Returns whether there was anything to draw.
     """
     panels = [(PRETRAINING, f"train_{name}", title) for name, title in LOGGED.items()]
-    panels += [(kind, "val_acc1", f"{kind}: validation top-1 (%)") for kind in KINDS]
+    panels += [(kind, f"val_{task.metric}", f"{kind}: validation {TITLES[task.metric]}") for kind in KINDS]
     panels = [panel for panel in panels if any(run.curve(panel[1])[0] for row in rows for run in row.get(panel[0], []))]
     if not panels:
         return False
@@ -64,28 +65,32 @@ def draw_band(axes: "Axes", curves: list[tuple[list[int], list[float]]], **style
     return line
 
 
-def draw_accuracies(path: Path, rows: list[dict[str, list[Run]]], labels: list[str], kinds: list[str]) -> None:
+def draw_accuracies(
+    path: Path, rows: list[dict[str, list[Run]]], labels: list[str], kinds: list[str], task: Task = SINGLE_LABEL
+) -> None:
     """A dot for each seed, beside it the mean with its interval, a panel for each kind. Args as in draw_curves."""
     figure, grid = new_figure(len(kinds))
     for axes, kind in zip(grid, kinds, strict=True):
         shown = [(index, row[kind]) for index, row in enumerate(rows) if row.get(kind)]
         for place, (index, runs) in enumerate(shown):
-            values = [run.test["acc1"] for run in runs]
+            values = [run.test[task.metric] for run in runs]
             color = style_of(index)["color"]
             axes.plot([place - 0.12] * len(values), values, "o", color=color, alpha=0.6, markersize=5)
             mean, half = interval(values)
             axes.errorbar(place + 0.12, mean, half, fmt="_", color=color, capsize=5, markersize=14)
         axes.set_xticks(range(len(shown)), [wrap(labels[index]) for index, _ in shown], rotation=30, ha="right")
-        axes.set(title=f"{kind}: test top-1 (%)", xlim=(-0.5, len(shown) - 0.5))
+        axes.set(title=f"{kind}: test {TITLES[task.metric]}", xlim=(-0.5, len(shown) - 0.5))
         axes.grid(axis="y", alpha=0.3)
     finish(figure, path, {})
 
 
-def draw_map(path: Path, found: dict[str, dict[tuple[str, str], Paired]], title: str) -> None:
+def draw_map(
+    path: Path, found: dict[str, dict[tuple[str, str], Paired]], title: str, task: Task = SINGLE_LABEL
+) -> None:
     """Where a method differs from the baseline: a panel for each, one cell for each (data set, mask ratio) with the
     difference and half of its interval; bold where it is decided.
 
-    Args: found, {method: {(row, column): paired comparison}}; title, of what the differences are.
+    Args: found, {method: {(row, column): paired comparison}}; title, of what the differences are; task, of the runs.
     """
     places = {place for cells in found.values() for place in cells}
     lines, columns = (list(dict.fromkeys(sorted(place[i] for place in places))) for i in (0, 1))
@@ -94,13 +99,13 @@ def draw_map(path: Path, found: dict[str, dict[tuple[str, str], Paired]], title:
     figure.suptitle(title)
     for axes, (method, cells) in zip(grid, found.items(), strict=True):
         values = [[cells[y, x].difference if (y, x) in cells else float("nan") for x in columns] for y in lines]
-        axes.imshow(values, cmap="RdBu", vmin=-bound, vmax=bound, aspect="auto")
+        axes.imshow(values, cmap="RdBu_r" if task.least else "RdBu", vmin=-bound, vmax=bound, aspect="auto")
         for (y, x), result in cells.items():
             text = f"{result.difference:+.1f}\n± {result.width:.1f}, {result.pairs} pairs"
             pale = abs(result.difference) < 0.6 * bound
             axes.text(
                 columns.index(x), lines.index(y), text, ha="center", va="center", color="black" if pale else "white",
-                weight="bold" if result.verdict != UNDECIDED else "normal", fontsize=9,
+                weight="bold" if result.verdict() != UNDECIDED else "normal", fontsize=9,
             )  # fmt: skip
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(lines)), [wrap(line) for line in lines])

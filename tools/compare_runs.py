@@ -36,6 +36,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from run_mae_pretraining import SAMPLERS
+from runtime.tasks import SINGLE_LABEL, TITLES, Task
 from tools import paper_tables
 from tools.common import Formatter, run_tool, write_text
 from tools.compare_pictures import draw_accuracies, draw_curves, draw_map
@@ -156,15 +157,15 @@ def tested_best(runs: list[Run]) -> Iterator[str]:
 
 
 def mean_val(run: Run) -> float | None:
-    """Mean validation top-1 (%) over the epochs, or None where it was not logged."""
-    return average(run.curve("val_acc1")[1])
+    """Mean of the task's metric over the epochs' validations, or None where it was not logged."""
+    return average(run.curve(f"val_{run.task.metric}")[1])
 
 
 def compared(
-    row: Row, base: Row, kind: str, value: Callable[[Run], float | None] = lambda run: run.test["acc1"]
+    row: Row, base: Row, kind: str, value: Callable[[Run], float | None] = lambda run: run.test[run.task.metric]
 ) -> Paired | None:
-    """The paired comparison of the value (%; by default the test's top-1) of common seeds, or None where there are fewer
-    than two of them.
+    """The paired comparison of a value (by default the task's metric in the test) of common seeds, or None where there
+    are fewer than two of them.
 
     Runs from scratch have no pre-training seed: there, the seed of what follows decides, if it tells the runs apart.
     """
@@ -178,8 +179,25 @@ def compared(
     common = sorted(set(sides[0]) & set(sides[1]))
     if row is base or len(common) < 2:
         return None
-    videos = min((run.test["videos"] for run in row.runs[kind] if run.test.get("videos")), default=None)
+    videos = videos_of_test(row.runs[kind], row.runs[kind][0].task.metric)
     return paired(*([side[key] for key in common] for side in sides), videos)
+
+
+def videos_of_test(runs: list[Run], metric: str) -> int | None:
+    """How many videos the test had, which bounds what one test says of a share of them; None where that is not known,
+    or for other metrics."""
+    if not metric.startswith("acc"):
+        return None
+    return min((run.test["videos"] for run in runs if run.test.get("videos")), default=None)
+
+
+def task_of_runs(runs: list[Run]) -> Task:
+    """The --task of all runs of KINDS. Raises UsageError where they have several."""
+    first = {run.task: run for run in reversed(runs) if run.kind in KINDS}
+    if len(first) > 1:
+        folders = " and ".join(f"{run.folder} (--task {task.name})" for task, run in first.items())
+        raise UsageError(f"{folders} measure different things: compare them apart")
+    return next(iter(first), SINGLE_LABEL)
 
 
 def is_value(value: Hashable, text: str) -> bool:
@@ -258,11 +276,11 @@ class Cells:
 
 
 def epochs_to(run: Run, level: float) -> float | None:
-    """Epochs of training until the validation top-1 (%) reached the level, on the line between two validations, or None
+    """Epochs of training until the validation's metric reached the level, on the line between two validations, or None
     where it never did."""
     before, reached = 0.0, 0.0  # training ends an epoch of number e after e + 1 epochs
-    for epoch, value in zip(*run.curve("val_acc1"), strict=True):
-        if value >= level:
+    for epoch, value in zip(*run.curve(f"val_{run.task.metric}"), strict=True):
+        if value == level or run.task.better(value, level):
             part = (level - reached) / (value - reached) if before else 1.0
             return before + part * (epoch + 1 - before)
         before, reached = epoch + 1, value
@@ -279,8 +297,11 @@ def add_epochs_to(cells: Cells, heading: str, name: str, runs: list[Run], level:
     cells.add(heading, name, f"> {bound:.2f}", mean=bound, half_width=None, n=len(runs) - found.count(None))
 
 
-def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None, level: float | None = None) -> Cells:
-    """Cells of a row but for its name. base: the row of the baseline, or None; level: see epochs_to."""
+def summarise(
+    row: Row, base: Row | None, kinds: list[str], baseline: str | None, task: Task = SINGLE_LABEL,
+    level: float | None = None,
+) -> Cells:  # fmt: skip
+    """Cells of a row but for its name. base: the baseline's row or None; task: of the runs; level: see epochs_to."""
     cells = Cells()
     first = row.runs.get(PRETRAINING, [])
     num_runs = len(first) or max(map(len, row.runs.values()), default=0)
@@ -294,38 +315,43 @@ def summarise(row: Row, base: Row | None, kinds: list[str], baseline: str | None
     for kind in kinds:
         runs = row.runs.get(kind, [])
         name = kind.replace("-", "_").replace(" ", "_")
-        for k in (1, 5):
-            videos = min((run.test["videos"] for run in runs if run.test.get("videos")), default=None)
-            values = [run.test[f"acc{k}"] for run in runs]
-            cells.estimate(f"{kind} top-{k} (%)", f"{name}_acc{k}", values, 2, num_runs, videos)
-            if k == 1:
-                cells.estimate(f"{kind} mean val", f"{name}_mean_val", list(map(mean_val, runs)), 2, num_runs)
+        for metric in task.metrics:
+            digits = 2 if "(%)" in TITLES[metric] else 4
+            values = [run.test[metric] for run in runs]
+            videos = videos_of_test(runs, metric)
+            cells.estimate(f"{kind} {TITLES[metric]}", f"{name}_{metric}", values, digits, num_runs, videos)
+            if metric == task.metric:
+                cells.estimate(f"{kind} mean val", f"{name}_mean_val", list(map(mean_val, runs)), digits, num_runs)
         if level is not None:
-            add_epochs_to(cells, f"{kind} epochs to {level:g} %", f"{name}_epochs_to_level", runs, level)
-        if baseline:
-            result = compared(row, base, kind) if base else None
-            add_paired(cells, f"{kind} top-1 - {baseline}'s", f"{name}_minus_baseline", result)
-            result = compared(row, base, kind, mean_val) if base else None
-            add_paired(cells, f"{kind} mean val - {baseline}'s", f"{name}_mean_val_minus_baseline", result)
+            unit = " %" if "(%)" in TITLES[task.metric] else ""
+            add_epochs_to(cells, f"{kind} epochs to {level:g}{unit}", f"{name}_epochs_to_level", runs, level)
+        for what, key, value in (
+            (TITLES[task.metric].removesuffix(" (%)"), "", lambda run: run.test[task.metric]),
+            ("mean val", "_mean_val", mean_val),
+        ):
+            if baseline:
+                result = compared(row, base, kind, value) if base else None
+                add_paired(cells, f"{kind} {what} - {baseline}'s", f"{name}{key}_minus_baseline", result, task.least)
     add_costs(cells, first, base.runs.get(PRETRAINING, []) if base else [], baseline)
     return cells
 
 
-def add_paired(cells: Cells, heading: str, name: str, result: Paired | None) -> None:
-    """The cell of what `compared` returned, with its verdict."""
+def add_paired(cells: Cells, heading: str, name: str, result: Paired | None, least: bool = False) -> None:
+    """The cell of what `compared` returned, with its verdict. least: whether less is better."""
     if result is None:
         parts = ("difference", "low", "high", "p", "pairs", "test_error", "detectable", "verdict")
         cells.add(heading, name, "-", **dict.fromkeys(parts))
         return
     low, high = result.difference - result.half, result.difference + result.half
+    verdict = result.verdict(least)
     text = f"{result.difference:+.2f} ({low:.2f} to {high:.2f}"
     text += f"; p {'-' if result.p is None else f'{result.p:.2g}'}, {result.pairs} pairs"
-    text += f"; test set ± {result.test_error:.1f}): {result.verdict}"
-    if result.verdict == UNDECIDED:
+    text += f"; test set ± {result.test_error:.1f}): {verdict}"
+    if verdict == UNDECIDED:
         text += f", {result.detectable:.1f} would be found"
     cells.add(
         heading, name, text, difference=result.difference, low=low, high=high, p=result.p, pairs=result.pairs,
-        test_error=result.test_error, detectable=result.detectable, verdict=result.verdict,
+        test_error=result.test_error, detectable=result.detectable, verdict=verdict,
     )  # fmt: skip
 
 
@@ -430,7 +456,7 @@ def describe_run(run: Run, by: tuple[str, ...]) -> dict:
     if run.kind == PRETRAINING and finished:
         described |= {name: run.last(f"train_{name}") for name in METRICS}
     described |= {"step_time": run.step_time(), "peak_memory": run.memory()}
-    return described | {name: (run.test or {}).get(name) for name in ("acc1", "acc5", "videos")}
+    return described | {name: (run.test or {}).get(name) for name in (*run.task.metrics, "videos")}
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -459,7 +485,7 @@ def compare(args: argparse.Namespace) -> None:
     if not used:
         reason = f"; {left_out[0]}" if left_out else ""
         raise UsageError(f"{', '.join(args.folders)}: no finished run (args.json, log.txt, test.json) is there{reason}")
-    rows = build_rows(used, args.by)
+    task, rows = task_of_runs(used), build_rows(used, args.by)
     place = args.by.index("mask_type") if "mask_type" in args.by else 0
     present = list(dict.fromkeys(shown_value(row.by[place]) for row in rows if row.by[place] != UNREAD))
     if args.baseline and not any(is_value(row.by[place], args.baseline) for row in rows):
@@ -469,13 +495,18 @@ def compare(args: argparse.Namespace) -> None:
     kinds = [kind for kind in KINDS if any(kind in row.runs for row in rows)] or list(KINDS[:1])
     cells = [
         summarise(
-            row, args.baseline and find_baseline(row, rows, args.by, args.baseline), kinds, args.baseline, args.level
-        )
+            row,
+            args.baseline and find_baseline(row, rows, args.by, args.baseline),
+            kinds,
+            args.baseline,
+            task,
+            args.level,
+        )  # fmt: skip
         for row in rows
     ]
     write_tables(args, rows, cells, used, runs, left_out)
     named = name_rows(rows, args.by, args.paper == "table2")
-    write_pictures(args.output, rows, labels_of(named), differences_by_place(rows, named, args))
+    write_pictures(args.output, rows, labels_of(named), differences_by_place(rows, named, args), task)
 
 
 def write_tables(
@@ -526,17 +557,19 @@ def differences_by_place(
 
 
 def write_pictures(
-    output: str, rows: list[Row], labels: list[str], differences: dict[str, dict[tuple[str, str], Paired]]
+    output: str, rows: list[Row], labels: list[str], differences: dict[str, dict[tuple[str, str], Paired]], task: Task
 ) -> None:
     """curves.png, accuracy.png and map.png, each where there is something to draw. labels: one per row."""
     runs = [row.runs for row in rows]
     kinds = [kind for kind in KINDS if any(kind in of_row for of_row in runs)]
-    written = ["curves.png"] if draw_curves(Path(output, "curves.png"), runs, labels) else []
+    written = ["curves.png"] if draw_curves(Path(output, "curves.png"), runs, labels, task) else []
     if kinds:
-        draw_accuracies(Path(output, "accuracy.png"), runs, labels, kinds)
+        draw_accuracies(Path(output, "accuracy.png"), runs, labels, kinds, task)
         written.append("accuracy.png")
     if differences:
-        draw_map(Path(output, "map.png"), differences, "fine-tuning: test top-1 - the baseline's (%)")
+        draw_map(
+            Path(output, "map.png"), differences, f"fine-tuning: test {TITLES[task.metric]} - the baseline's", task
+        )
         written.append("map.png")
     print(f"wrote {' and '.join(written)} to {output}")
 

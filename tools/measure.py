@@ -34,6 +34,7 @@ from masking_generator import Mask, RandomMask, motion_energy
 from modeling_pretrain import reconstruction_target, token_error
 from run_mae_vis import Trained, middle_frames, read_clip
 from runtime.checkpoint import CheckpointError, checkpoint_files
+from runtime.knn import knn_votes, standardized
 from tools.common import Formatter, run_tool, write_text
 from tools.run_folders import MEASURES
 from utils import UsageError
@@ -42,12 +43,6 @@ FEW_LABELS = (100, 300, 1000)
 NEIGHBOURS = 20
 BATCH = 50  # clips
 PENALTIES = [10.0**exponent for exponent in range(-3, 6)]
-
-
-def standardized(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Features float [n, d] of both with the training features' mean 0 and deviation 1, float64."""
-    mean, deviation = train.double().mean(0), train.double().std(0) + 1e-6
-    return (train.double() - mean) / deviation, (test.double() - mean) / deviation
 
 
 def fit_ridge(features: Tensor, target: Tensor, penalty: float) -> Tensor:
@@ -73,11 +68,8 @@ def ridge_accuracy(train: Tensor, train_label: Tensor, test: Tensor, test_label:
 
 
 def knn_accuracy(train: Tensor, train_label: Tensor, test: Tensor, test_label: Tensor, classes: int) -> float:
-    """Top-1 (%) of a vote of the NEIGHBOURS nearest training clips, weighted by exp(cosine / 0.07) (Wu 2018)."""
-    train, test = (torch.nn.functional.normalize(x, dim=1) for x in standardized(train, test))
-    similarity, nearest = (test @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)
-    votes = torch.zeros(len(test), classes, dtype=torch.float64)
-    votes.scatter_add_(1, train_label[nearest], (similarity / 0.07).exp())
+    """Top-1 (%) of a vote of the NEIGHBOURS nearest training clips: see runtime.knn."""
+    votes = knn_votes(train, train_label, test, classes, NEIGHBOURS)
     return 100 * votes.argmax(1).eq(test_label).double().mean().item()
 
 

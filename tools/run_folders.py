@@ -13,10 +13,11 @@ from typing import Any
 
 from run_mae_pretraining import get_parser
 from runtime.resume import FREE_ON_RESUME
+from runtime.tasks import SINGLE_LABEL, TASKS, Task
 from utils import UsageError
 
 PRETRAINING, SCRATCH = "pre-training", "scratch"
-KINDS = ("fine-tuning", "linear probe", "attentive probe")  # what yields accuracies
+KINDS = ("fine-tuning", "linear probe", "attentive probe", "kNN")  # what yields accuracies
 CHECKPOINTS = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")  # a --finetune of another name is a folder
 MEASURES = "measures.json"  # written by tools/measure.py
 UNREAD = "-"  # the value of a flag that a run's method does not read
@@ -43,6 +44,10 @@ class Run:
     measures: dict = field(default_factory=dict)  # of tools/measure.py
     source: "Run | None" = None  # the pre-training run that it started from
     problem: str = ""  # why it is left out
+
+    @property
+    def task(self) -> Task:
+        return task_of(self.args, self.folder)
 
     @property
     def scratch(self) -> bool:
@@ -107,10 +112,20 @@ def kind_of(args: dict) -> str:
         return PRETRAINING
     if "nb_classes" not in args:
         return ""
-    fine_tuning, linear_probe, attentive_probe = KINDS
+    fine_tuning, linear_probe, attentive_probe, knn = KINDS
+    if args.get("knn"):
+        return knn
     if args.get("linear_probe"):
         return linear_probe
     return attentive_probe if args.get("attentive_probe") else fine_tuning
+
+
+def task_of(args: dict, place: Path) -> Task:
+    """Of the flags in args.json; earlier runs do not say it. Raises UsageError."""
+    name = args.get("task", SINGLE_LABEL.name)
+    if not isinstance(name, str) or name not in TASKS:
+        raise UsageError(f"{place}: --task {name} is none of {', '.join(TASKS)}: leave its folder out")
+    return TASKS[name]
 
 
 def read_run(folder: Path) -> Run:
@@ -128,8 +143,11 @@ def read_run(folder: Path) -> Run:
     }
     test_path = folder / "test.json"
     test = read_json(test_path) if test_path.is_file() else None
-    if test is not None and not all(isinstance(test.get(name), int | float) for name in ("acc1", "acc5")):
-        raise UsageError(f"{test_path}: has no acc1 and acc5: test again with --eval, or leave its folder out")
+    metrics = task_of(args, path).metrics
+    undefined = {name for name in metrics[1:] if name in (test or {}) and test[name] is None}  # a rank correlation, say
+    if test is not None and not all(isinstance(test.get(n), int | float) for n in metrics if n not in undefined):
+        names = " and ".join(metrics)
+        raise UsageError(f"{test_path}: has no {names}: test again with --eval, or leave its folder out")
     run = Run(folder, kind_of(args), args, made_with, read_log(folder / "log.txt"), test)
     if (folder / MEASURES).is_file():
         run.measures = {k: v for k, v in read_json(folder / MEASURES).items() if isinstance(v, int | float)}

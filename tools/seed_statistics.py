@@ -42,12 +42,11 @@ class Paired(NamedTuple):
         """Half the width of the interval with both errors, of the seeds and of the test set."""
         return math.hypot(self.half, self.test_error)
 
-    @property
-    def verdict(self) -> str:
-        """ "ahead" or "behind" where that interval excludes 0, else UNDECIDED."""
+    def verdict(self, least: bool = False) -> str:
+        """ "ahead" or "behind" where that interval excludes 0, else UNDECIDED. least: whether less is better."""
         if abs(self.difference) <= self.width:
             return UNDECIDED
-        return "ahead" if self.difference > 0 else "behind"
+        return "ahead" if (self.difference > 0) != least else "behind"
 
 
 def paired(ours: list[float], theirs: list[float], videos: int | None = None) -> Paired:

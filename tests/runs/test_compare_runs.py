@@ -225,6 +225,30 @@ def test_a_difference_is_decided_or_said_not_to_be(tmp_path):
         assert row_of(table, mask_type="tube")["fine_tuning_minus_baseline_verdict"] == ""
 
 
+def test_errors_of_values_are_compared_and_less_is_ahead(tmp_path):
+    """Mean absolute errors that no share of videos bounds; a table has one --task."""
+    for seed in range(3):
+        for method, mae in (("tube", 4.0), ("random", 2.0 + 0.1 * seed)):
+            source = pretrain(tmp_path / "runs", f"{method}{seed}", "--mask_type", method, "--seed", str(seed))
+            folder = finetune(
+                tmp_path / "runs", f"{method}{seed}_ft", source, "--seed", str(seed), "--task", "regression"
+            )
+            test = {"mae": mae, "spearman": None if seed else 0.5, "videos": 4, "list": "/d/fine/val.csv"}
+            (folder / "test.json").write_text(json.dumps(test))
+    text, table, runs = compare(tmp_path, tmp_path / "runs", "--baseline", "tube")
+    row = row_of(table, mask_type="random")
+    assert float(row["fine_tuning_mae_mean"]) == pytest.approx(2.1) and row["fine_tuning_spearman_n"] == "1"
+    assert row["fine_tuning_minus_baseline_verdict"] == "ahead"
+    assert float(row["fine_tuning_minus_baseline_difference"]) == pytest.approx(-1.9)
+    assert float(row["fine_tuning_minus_baseline_test_error"]) == 0  # 4 videos say nothing of errors of values
+    assert cell_of(text, "random", "fine-tuning mean absolute error").startswith("2.1000 ± ")
+    assert row_of(runs, folder=str(tmp_path / "runs/tube0_ft"))["mae"] == "4.0"
+    source = pretrain(tmp_path / "runs", "other", "--mask_type", "frame")
+    finetune(tmp_path / "runs", "classes", source)
+    error = error_of(tmp_path / "runs", "--output", tmp_path / "out")
+    assert_names(error, tmp_path / "runs/classes", "--task single_label", "--task regression")
+
+
 @pytest.mark.parametrize("pairs", [2, 3, 5, 20])
 def test_what_would_be_found_is_found_four_times_in_five(pairs):
     """Simulated: differences of this mean and deviation 3, by scipy's paired t test."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import run_class_finetuning
-from datasets.build import _start_worker
+from datasets.build import start_worker
 from runtime.checkpoint import CheckpointError, checkpoint_files, latest_checkpoint, save_checkpoint
 from runtime.launch import run_script
 from runtime.outputs import SummaryWriter
@@ -122,7 +122,7 @@ def signals_as_before():
 
 def test_loader_processes_leave_signals_to_the_training_process():
     with signals_as_before() as handlers:
-        _start_worker(0)
+        start_worker(0)
         assert {signal.getsignal(number) for number in handlers} == {signal.SIG_IGN}
 
 

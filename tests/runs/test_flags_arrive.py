@@ -349,6 +349,10 @@ OTHER_FINETUNING = {
     "linear_probe": ("--linear_probe --no-cache_features", lambda s: s.model.kind, "linear"),
     "cache_features": ("--linear_probe --no-cache_features", lambda s: s.loader.batch_size, 4),
     "attentive_probe": ("--attentive_probe --no-cache_features", lambda s: s.model.kind, "attentive"),
+    "task": (
+        "--task multi_label", lambda s: (s.recipe.task.name, s.loader.dataset.labels[0].tolist()[:2], s.mixup),
+        ("multi_label", [1, 0], None),
+    ),
     "no average": ("", lambda s: s.ema, None),
     "crop_pct": ("--crop_pct 0.5", lambda s: s.val.dataset.crop.keywords["short_side"], 64),
     "disable_eval_during_finetuning": ("--disable_eval_during_finetuning", lambda s: "val" in s, False),
@@ -441,7 +445,7 @@ ELSEWHERE = {
     "allow_missing": "test_run_finetuning.py", "finetune_sampler": "test_foreign_checkpoints.py",
     "test_best": "test_published_protocol.py", "model_key": "test_run_finetuning.py",
     "model_prefix": "test_run_finetuning.py", "dist_eval": "test_run_finetuning.py",
-    "inflate": "test_foreign_checkpoints.py",
+    "inflate": "test_foreign_checkpoints.py", "knn": "test_run_finetuning.py",
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import engine_for_finetuning
 import run_class_finetuning
 import run_mae_pretraining
 import utils
-from datasets.build import _start_worker, build_evaluation_loader, build_finetuning_loader, build_pretraining_loader
+from datasets.build import build_evaluation_loader, build_finetuning_loader, build_pretraining_loader, start_worker
 from tests.helpers.runs import assert_names
 from tools.common import in_processes
 
@@ -107,7 +107,7 @@ def test_loader_workers_start_without_sigusr1(monkeypatch):
     monkeypatch.delattr(signal, "SIGUSR1")
     ignored = []
     monkeypatch.setattr(signal, "signal", lambda number, handler: ignored.append((number, handler)))
-    _start_worker(0)
+    start_worker(0)
     assert ignored == [(signal.SIGTERM, signal.SIG_IGN), (signal.SIGINT, signal.SIG_IGN)]
 
 

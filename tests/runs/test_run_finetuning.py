@@ -19,6 +19,7 @@ import torch
 import run_mae_pretraining
 from run_class_finetuning import PROBE_DEFAULTS, check_flags, get_parser, main, parse_args
 from tests.helpers.runs import assert_names, finetuning_flags, flags_read, free_port, naming, read_log
+from tools import compare_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -305,6 +306,75 @@ def test_probe_trains_only_its_head(kind, cache, labelled, pretrained, tmp_path)
     reference = scores(tmp_path)
     run_here(labelled, f"--{kind}_probe", "--eval", "--output_dir", tmp_path)
     assert np.array_equal(scores(tmp_path), reference)
+
+
+def test_knn_writes_a_report_without_training(labelled, pretrained, tmp_path, capsys):
+    """The votes themselves: test_finetune_engine.py, on one and two processes."""
+    flags = ["--knn", 3, "--finetune", pretrained, "--test_num_segment", 1, "--test_num_crop", 1, "--output_dir"]
+    run_here(labelled, *flags, tmp_path / "a")
+    result = json.loads((tmp_path / "a/test.json").read_text())
+    assert result["checkpoint"] == str(pretrained) and result["knn"] == 3 and result["videos"] == 11
+    assert result["acc1"] == pytest.approx(100 * (scores(tmp_path / "a").argmax(1) == label_of(labelled)).mean())
+    assert_names(capsys.readouterr().out, "macro-F1", f"{result['macro_f1']:.2f}", f"{result['acc1']:.2f}")
+    assert not list((tmp_path / "a").glob("*.pth")) and (tmp_path / "a/per_class.csv").exists()
+    run_here(labelled, *flags, tmp_path / "a")
+    assert_names(capsys.readouterr().out, "nothing", tmp_path / "a/test.json")
+    run_here(labelled, *flags, tmp_path / "b")
+    assert (tmp_path / "b/scores.npz").read_bytes() == (tmp_path / "a/scores.npz").read_bytes()
+    compare_runs.main([str(pretrained.parent), str(tmp_path / "a"), "--output", str(tmp_path / "table")])
+    assert "kNN top-1 (%)" in (tmp_path / "table/table.md").read_text()
+    assert f"{result['acc1']:.2f} (one run" in (tmp_path / "table/table.md").read_text()
+    with pytest.raises(SystemExit, match=naming("--output_dir", pretrained.parent)):
+        run_here(labelled, *flags, pretrained.parent)
+
+
+def label_of(folder: Path) -> np.ndarray:
+    return np.array([int(line.rsplit(" ", 1)[1]) for line in (folder / "val.csv").read_text().splitlines()])
+
+
+@pytest.mark.parametrize("task", ["multi_label", "regression"])
+def test_every_reader_of_the_accuracy_knows_other_tasks(task, labelled, tmp_path, capsys):
+    """Lists, training, the best epoch, the log, the test, --eval, resume and the comparison."""
+    several = {"multi_label": lambda k: f"{k},{(k + 3) % 10}" if k else "-1", "regression": lambda k: f"{k / 10},{-k}"}
+    for split in ("train", "val"):
+        lines = [line.rsplit(" ", 1) for line in (labelled / f"{split}.csv").read_text().splitlines()]
+        text = "".join(f"{labelled / path} {several[task](int(k))}\n" for path, k in lines)
+        (tmp_path / f"{split}.csv").write_text(text)
+    metric, best = {"multi_label": ("mAP", max), "regression": ("mae", min)}[task]
+    flags = [
+        "--task",
+        task,
+        "--nb_classes",
+        {"multi_label": 10, "regression": 2}[task],
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    run_here(tmp_path, *flags, "--epochs", 2)
+    run_here(tmp_path, *flags, "--epochs", 3)  # resumes
+    log = read_log(tmp_path / "out")
+    values = [record[f"val_{metric}"] for record in log]
+    state = torch.load(tmp_path / "out/checkpoint-best.pth", weights_only=True)
+    assert state["best"] == {metric: best(values), "epoch": values.index(best(values))}
+    assert log[-1]["train_loss"] < log[0]["train_loss"] and "train_acc1" not in log[0]
+    result = json.loads((tmp_path / "out/test.json").read_text())
+    stored = np.load(tmp_path / "out/scores.npz")
+    if task == "multi_label":
+        assert set(np.unique(stored["label"])) == {0, 1} and (stored["label"][0] == 0).all()
+        assert 0 < result["mAP"] <= 100 and ((stored["probability"] > 0) & (stored["probability"] < 1)).all()
+    else:
+        assert result["mae"] == pytest.approx(np.abs(stored["probability"] - stored["label"]).mean(), rel=1e-6)
+    assert f"{metric}_best" in result and result["best_epoch"] == state["best"]["epoch"]
+    reference = stored["probability"]
+    main(["--eval", "--data_path", str(tmp_path), "--device", "cpu", "--num_workers", "0", "--batch_size", "4",
+          "--output_dir", str(tmp_path / "out")])  # fmt: skip
+    assert np.array_equal(scores(tmp_path / "out"), reference)
+    capsys.readouterr()
+    compare_runs.main([str(tmp_path / "out"), "--output", str(tmp_path / "table")])
+    assert f"{result[metric]:.{2 if task == 'multi_label' else 4}f}" in (tmp_path / "table/table.md").read_text()
+    assert metric in (tmp_path / "table/runs.csv").read_text() and (tmp_path / "table/accuracy.png").exists()
+    if task == "multi_label":  # as many outputs, of another kind
+        with pytest.raises(SystemExit, match=naming("checkpoint-2.pth", "--task single_label")):
+            run_here(labelled, "--epochs", 4, "--output_dir", tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -101,6 +101,27 @@ def test_decoders_return_the_frames_asked_for(real_clips, decoder):
 
 
 @pytest.mark.parametrize("decoder", BACK_ENDS)
+def test_all_frames_in_one_decode_and_when_they_are_shown(real_clips, decoder):
+    """Against a plain decode of a file per data set; times against those of its frames, within one frame's time."""
+    by_folder = {path.parent.name: (path, frames) for path, frames in real_clips.items()}
+    for path, frames in by_folder.values():
+        with open_video(str(path), decoder) as reader:
+            index = -1
+            for index, image in reader.decode_all():
+                if index % 16 == 0:  # each takes as long as its decode
+                    assert np.abs(image().astype(int) - frames[index]).max() <= (2 if decoder == "decord" else 0), path
+            assert index == len(frames) - 1
+            times = [reader.time(index) for index in range(len(frames) + 1)]
+        with av.open(str(path), metadata_errors="ignore") as container:
+            rate = float(container.streams.video[0].average_rate)
+            known = [frame.time for frame in container.decode(video=0)]
+        assert times[0] == 0 and min(np.diff(times)) > 0
+        if None not in known and known == sorted(known):  # HMDB51's frames have no times of their own
+            assert np.abs(np.array(times[:-1]) - (np.array(known) - known[0])).max() < 1 / rate, path
+        assert times[-1] == pytest.approx(len(frames) / rate, abs=2 / rate)
+
+
+@pytest.mark.parametrize("decoder", BACK_ENDS)
 def test_header_that_claims_a_frame_too_many(real_clips, decoder):
     """HMDB51's headers do; the frame is not counted, and who asks for it gets the last one."""
     for path, frames in real_clips.items():

@@ -663,6 +663,7 @@ def loader_args(videos, **changes):
         decoder="auto", batch_size=4, num_workers=0, pin_mem=False, device="cpu", seed=3, crop_scale=(0.3, 0.9),
         train_interpolation="bilinear", aa="none", color_jitter=0.3, flip=True, reprob=0.5, remode="const", recount=2,
         resplit=False, max_short_side=0, imagenet_default_mean_and_std=True, test_num_segment=2, test_num_crop=3,
+        task="single_label",
     )  # fmt: skip
     return argparse.Namespace(**args | changes)
 

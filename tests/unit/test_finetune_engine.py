@@ -380,13 +380,13 @@ class Net(nn.Module):
         return self.dropout(video.flatten(1) @ self.weight.T)
 
 
-def view_batches(indices, failing=(), size=2):
-    """Batches of a rank's videos, as collate_views makes them; views of video i come from seed i."""
+def view_batches(indices, failing=(), size=2, views=VIEWS, seed=0):
+    """Batches of a rank's videos, as collate_views makes them; views of video i come from seed + i."""
     found = []
     for start in range(0, len(indices), size):
         chosen = [i for i in indices[start : start + size] if i not in failing]
         failed = [f"/v/{i}.mp4: no frames" for i in indices[start : start + size] if i in failing]
-        video = torch.cat([clips(VIEWS, seed=i) for i in chosen]) if chosen else None
+        video = torch.cat([clips(views, seed=seed + i) for i in chosen]) if chosen else None
         found.append(dict(index=torch.tensor(chosen, dtype=torch.int64), video=video, failed=failed))
     return found
 
@@ -595,10 +595,18 @@ def train_probe(rank, world_size):
     return probe.state_dict(), ema.module.state_dict()
 
 
+def neighbours(rank, world_size):
+    """Scores of --knn: 7 test videos, as many for training, of which one cannot be read."""
+    shares = {"train": view_batches(list(range(7))[rank::world_size], (5,), 1, views=1),
+              "test": view_batches(list(range(7))[rank::world_size], (2,), 1, views=1, seed=50)}  # fmt: skip
+    loaders = {split: loader_of(batches) for split, batches in shares.items()}
+    return tuple(engine.evaluate_neighbours(make_probe(), loaders, recipe_for(), "none", 3, CLASSES, True))
+
+
 def one_process(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     outcomes = {name: outcome(name, rank, 2) for name in SCENARIOS}
-    torch.save((outcomes, train_probe(rank, 2)), folder / f"{rank}.pt")
+    torch.save((outcomes, train_probe(rank, 2), neighbours(rank, 2)), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -612,7 +620,7 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_processes_give_exactly_what_one_gives(two_processes, name):
     alone = outcome(name, 0, 1)
-    for outcomes, _ in two_processes:
+    for outcomes, *_ in two_processes:
         assert len(outcomes[name]) == len(alone)
         for ours, expected in zip(outcomes[name], alone, strict=True):
             if torch.is_tensor(expected):
@@ -622,7 +630,7 @@ def test_two_processes_give_exactly_what_one_gives(two_processes, name):
     types = {"all fail": "VideoError", "damaged": "UsageError", "incomplete": "RuntimeError"}
     assert alone[0] == types[name] if name in types else len(alone) == 4
     if name == "damaged":
-        for outcomes, _ in two_processes:
+        for outcomes, *_ in two_processes:
             assert outcomes[name][0] == "UsageError"
             assert_names(outcomes[name][1], "finite", "3 of 7", "--lr", "--amp")
 
@@ -630,12 +638,35 @@ def test_two_processes_give_exactly_what_one_gives(two_processes, name):
 @pytest.mark.parametrize("which", ["model", "average"])
 def test_processes_end_an_epoch_with_the_same_probe(two_processes, which):
     """Running statistics too: all of them evaluate one model."""
-    first, second = (states[["model", "average"].index(which)] for _, states in two_processes)
+    first, second = (states[["model", "average"].index(which)] for _, states, _ in two_processes)
     fresh = make_probe().state_dict()
     for name, value in first.items():
         torch.testing.assert_close(value, second[name], rtol=0, atol=0, msg=lambda text, name=name: f"{name} {text}")
     assert not torch.equal(first["pool.running_mean"], fresh["pool.running_mean"])
     assert not torch.equal(first["head.weight"], fresh["head.weight"])
+
+
+def test_neighbours_are_the_same_on_two_processes_and_those_of_a_loop(two_processes):
+    alone = Scores(*neighbours(0, 1))
+    for *_, theirs in two_processes:
+        for ours, other in zip(alone[:3], theirs[:3], strict=True):
+            assert torch.equal(ours, other)
+        assert alone.failed == theirs[3] == ["/v/2.mp4: no frames"]
+    probe = make_probe().eval()
+    train, test = (
+        torch.stack([probe.features(normalized(clips(1, seed=seed + i), torch.float32))[0] for i in range(7)])
+        for seed in (0, 50)
+    )
+    known = [i for i in range(7) if i != 5]
+    mean, deviation = train[known].double().mean(0), train[known].double().std(0) + 1e-6
+    for row in range(7):
+        votes = np.zeros(CLASSES)
+        a, b = (train[known].double() - mean) / deviation, (test[row].double() - mean) / deviation
+        cosine = ((a @ b) / a.norm(dim=1) / b.norm()).numpy()
+        for near in np.argsort(-cosine)[:3]:
+            votes[LABELS[known[near]]] += np.exp(cosine[near] / 0.07)
+        expected = 0 * votes if row == 2 else votes / votes.sum()
+        np.testing.assert_allclose(alone.probability[row], expected, atol=1e-4)
 
 
 def test_running_statistics_are_the_mean_of_the_processes(two_processes):
@@ -649,7 +680,7 @@ def test_running_statistics_are_the_mean_of_the_processes(two_processes):
             variance = 0.9 * variance + 0.1 * features.var(0)
         expected["pool.running_mean"] += mean / 2
         expected["pool.running_var"] += variance / 2
-    for _, (state, _) in two_processes:
+    for _, (state, _), _ in two_processes:
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value)
 

@@ -34,12 +34,15 @@ RULES = {
     r"datasets\.\w+": r"datasets\.\w+",
     r"runtime\.\w+": r"runtime\.\w+|datasets\.\w+|utils|optim_factory|masking_generator",
     r"engine_\w+": rf"engine_\w+|runtime\.\w+|datasets\.\w+|utils|{METHOD}",
-    # fixed_point and measure run trained models; what compares runs reads their scripts' flags.
+    # These run trained models; what compares runs reads their scripts' flags.
     r"tools\.(fixed_point|measure)": rf"tools\.\w+|datasets\.\w+|engine_for_pretraining|{METHOD}|run_mae_vis|"
-    r"runtime\.checkpoint|utils",
-    r"tools\.(compare_runs|run_folders)": r"tools\.\w+|run_mae_pretraining|runtime\.resume|utils",
+    r"runtime\.(checkpoint|knn)|utils",
+    r"tools\.(predict|extract_features|trained)": rf"tools\.\w+|runtime\.\w+|datasets\.\w+|utils|{METHOD}|"
+    r"run_class_finetuning|engine_for_finetuning",
+    r"tools\.(compare_\w+|run_folders)": r"tools\.\w+|run_mae_pretraining|runtime\.(resume|tasks)|utils",
     r"tools\.(convert_checkpoint|model_card)": rf"tools\.\w+|datasets\.\w+|runtime\.\w+|{METHOD}|run_\w+|utils",
-    r"tools\.(?!fixed_point|measure|compare_runs|run_folders|convert_|model_)\w+": r"tools\.\w+|datasets\.\w+|utils",
+    r"tools\.(?!fixed_point|measure|predict|extract_|trained|compare_|run_folders|convert_|model_)\w+": r"tools\.\w+|"
+    r"datasets\.\w+|utils",
     r"run_\w+": r".*",
 }
 

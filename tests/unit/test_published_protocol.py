@@ -111,7 +111,7 @@ def test_head_is_in_full_precision_under_autocast(probe):
 def test_the_last_epoch_is_tested_and_the_best_beside_it(shapes, tmp_path, capsys, monkeypatch):
     """The validation is made to like epoch 0 best. The scores of the report are those of the last epoch's weights."""
     tested = []
-    accuracy, evaluate = engine_for_finetuning.Scores.accuracy, run_class_finetuning.evaluate
+    measures, evaluate = engine_for_finetuning.Scores.measures, run_class_finetuning.evaluate
 
     def watched(model, loader, recipe, amp, batch_size, allow_missing, header=""):
         scores = evaluate(model, loader, recipe, amp, batch_size, allow_missing, header)
@@ -119,14 +119,15 @@ def test_the_last_epoch_is_tested_and_the_best_beside_it(shapes, tmp_path, capsy
             tested.append((header, {name: value.clone() for name, value in model.state_dict().items()}))
         else:
             epochs.append(None)
-            monkeypatch.setattr(engine_for_finetuning.Scores, "accuracy", lambda *a: 90.0 if len(epochs) == 1 else 10.0)
+            found = {"acc1": 90.0 if len(epochs) == 1 else 10.0, "acc5": 95.0, "loss": 1.0}
+            monkeypatch.setattr(engine_for_finetuning.Scores, "measures", lambda *_: dict(found))
         return scores
 
     epochs = []
     monkeypatch.setattr(run_class_finetuning, "evaluate", watched)
     flags = [*TINY, "--data_path", str(shapes), "--epochs", "2", "--batch_size", "4", "--num_sample", "1"]
     run_class_finetuning.main([*flags, "--output_dir", str(tmp_path)])
-    monkeypatch.setattr(engine_for_finetuning.Scores, "accuracy", accuracy)
+    monkeypatch.setattr(engine_for_finetuning.Scores, "measures", measures)
     (last, last_weights), (best, best_weights) = tested
     assert (last, best) == ("test", "best epoch")
     for path, weights in (("checkpoint-1.pth", last_weights), ("checkpoint-best.pth", best_weights)):

@@ -285,7 +285,8 @@ def test_a_change_of_size_is_refused_by_all(tmp_path):
         for indices in ([0, 1], [40, 41], [20, 30]):
             with pytest.raises(VideoError, match=naming("two.webm", "size")):
                 read_frames(path, lambda length, indices=indices: indices, decoder)
-    for use in (lambda: check_videos.check_video(path, "auto"), lambda: resize_video(path, f"{path}.mp4", 48, 8, 20)):
+    uses = [lambda: check_videos.check_video(path, "auto"), lambda: resize_video(path, f"{path}.mp4", 48, 8, 20)]
+    for use in (*uses, lambda: list(decoding.PyAVReader(path).decode_all())):
         with pytest.raises(VideoError, match=naming("two.webm", "size")):
             use()
 
