@@ -52,6 +52,7 @@ from runtime.flags import (
     PROBABILITY,
     RATE,
     SWITCH,
+    NoEffect,
     Range,
     Ranges,
     Refusals,
@@ -132,8 +133,8 @@ def get_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--dist_eval",
-        default=argparse.SUPPRESS,
-        action="store_true",
+        nargs=0,
+        action=NoEffect,
         help="accepted for VideoMAE's commands, no effect: evaluation is always distributed",
     )
     group.add_argument("--save_ckpt", default=True, action=SWITCH, help="write checkpoints")
@@ -160,7 +161,9 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--use_cls", dest="use_mean_pooling", action="store_false", help="classify the first token instead of the mean"
     )
-    group.add_argument("--fc_drop_rate", default=0.0, type=float, help="dropout before the classifier")
+    group.add_argument(
+        "--fc_drop_rate", "--head_drop_rate", default=0.0, type=float, help="dropout before the classifier"
+    )
     group.add_argument("--drop", default=0.0, type=float, help="dropout after positions, attention and MLP")
     group.add_argument("--attn_drop_rate", default=0.0, type=float, help="dropout of attention weights")
     group.add_argument(
@@ -185,6 +188,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="sets classes, sampling and flips; custom: any lists, with --nb_classes",
     )
     group.add_argument("--nb_classes", default=None, type=int, help="number of classes; default: the data set's")
+    group.add_argument("--start_idx", action=NoEffect, help=argparse.SUPPRESS)  # of frames as files
     group.add_argument("--eval_data_path", default=None, help="validation list; default: val.csv in --data_path")
     group.add_argument(
         "--test_data_path",
@@ -260,7 +264,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.linear_probe or args.attentive_probe:
         parser.set_defaults(**PROBE_DEFAULTS)
         args = parser.parse_args(arguments)
-    vars(args).pop("dist_eval", None)  # has no effect
     return args
 
 
