@@ -71,7 +71,8 @@ def test_the_root_is_what_a_user_of_videomae_looks_for():
         ("decord", {"datasets.decoding"}),
         ("deepspeed", {"runtime.zero"}),
         ("tensorboardX", {"runtime.outputs"}),
-        ("mmcv", set()),
+        ("mmcv", {"run_mae_vis"}),
+        ("cv2", {"run_mae_vis"}),
         ("landmark_kernel", {"trajectory_attention"}),
     ],
 )
