@@ -223,7 +223,8 @@ def optical_flow(clip: torch.Tensor, frames: range) -> np.ndarray:
 
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in clip.permute(0, 2, 3, 1).contiguous().numpy()]
     starts = [min(frame, len(grey) - 2) for frame in frames]
-    settings = dict(pyr_scale=0.5, levels=3, winsize=15, iterations=3, poly_n=5, poly_sigma=1.2, flags=0)
+    window = min(max(5, clip.shape[-1] // 8), 15)  # pixels; OpenCV's usual 15 would blur a small frame
+    settings = dict(pyr_scale=0.5, levels=3, winsize=window, iterations=3, poly_n=5, poly_sigma=1.2, flags=0)
     return np.stack([cv2.calcOpticalFlowFarneback(grey[i], grey[i + 1], None, **settings) for i in starts])
 
 
@@ -237,9 +238,11 @@ def flow_row(trained: Trained, clip: torch.Tensor) -> tuple[str, np.ndarray, Non
         flow = optical_flow(clip, range(0, len(clip), trained.args.num_frames // trained.mae.grid[0]))
     except ImportError as error:
         raise UsageError(f"--flow: {error.name} is not installed: pip install opencv-python mmcv-lite") from error
+    speed = np.linalg.norm(flow, axis=-1, keepdims=True)
+    full = max(np.quantile(speed, 0.98), 1e-3)  # pixels in full colour: outliers at the edges would pale the rest
+    flow = flow * np.minimum(1, full / np.maximum(speed, 1e-9))
     colours = flow2rgb(flow.reshape(-1, *flow.shape[2:])).reshape(*flow.shape[:3], 3)
-    fastest = np.linalg.norm(flow, axis=-1).max()
-    note = f"(up to {fastest:.1f} pixels a frame;\nright red, down yellow,\nleft blue, up violet)"
+    note = f"(up to {full:.1f} pixels a frame;\nright red, down yellow,\nleft cyan, up violet)"
     return f"optical flow\n{note}", colours.clip(0, 1), None
 
 
