@@ -237,7 +237,9 @@ def flow_row(trained: Trained, clip: torch.Tensor) -> tuple[str, np.ndarray, Non
 
         flow = optical_flow(clip, range(0, len(clip), trained.args.num_frames // trained.mae.grid[0]))
     except ImportError as error:
-        raise UsageError(f"--flow: {error.name} is not installed: pip install opencv-python mmcv-lite") from error
+        raise UsageError(
+            f"--flow: {error}: pip install -r requirements-extra.txt (opencv-python, mmcv-lite)"
+        ) from error
     speed = np.linalg.norm(flow, axis=-1, keepdims=True)
     full = max(np.quantile(speed, 0.98), 1e-3)  # pixels in full colour: outliers at the edges would pale the rest
     flow = flow * np.minimum(1, full / np.maximum(speed, 1e-9))

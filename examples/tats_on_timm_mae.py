@@ -1,7 +1,7 @@
 """TATS chooses the masks of an image autoencoder (He 2022) on timm's VisionTransformer: a clip of one frame.
 
-Both learn pictures of shapes from scratch, in about a minute on two cores. There is no motion to find: the lift printed
-is that of the texture of the visible tokens.
+Both start from scratch on pictures of shapes. This shows the wiring and takes about a minute. There is no motion to
+find: the lift printed is that of the texture of the visible tokens.
 """
 
 import argparse
@@ -67,8 +67,8 @@ def build() -> tuple[ImageMAE, TATS]:
 
 def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", default=800, type=int, help="optimizer steps (default 800)")
-    parser.add_argument("--warmup", default=300, type=int, help="steps of random masks before TATS (default 300)")
+    parser.add_argument("--steps", default=200, type=int, help="optimizer steps (default 200)")
+    parser.add_argument("--warmup", default=100, type=int, help="steps of random masks before TATS (default 100)")
     parser.add_argument("--batch_size", default=32, type=int, help="pictures per step (default 32)")
     parser.add_argument("--seed", default=0, type=int, help="of weights and pictures (default 0)")
     args = parser.parse_args(arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("datasets", "runtime", "tools")
+FOLDERS = ("datasets", "runtime", "tools", "examples")
 FILES = {path.stem: path for path in ROOT.glob("*.py")} | {
     f"{folder}.{path.stem}": path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")
 }
@@ -39,7 +39,7 @@ RULES = {
     r"runtime\.checkpoint|utils",
     r"tools\.(compare_runs|run_folders)": r"tools\.\w+|run_mae_pretraining|runtime\.resume|utils",
     r"tools\.(?!fixed_point|measure|compare_runs|run_folders)\w+": r"tools\.\w+|datasets\.\w+|utils",
-    r"run_\w+": r".*",
+    r"run_\w+|examples\.\w+": r".*",
 }
 
 
@@ -91,4 +91,5 @@ def test_only_known_packages_are_imported_at_the_top():
     for name, path in FILES.items():
         packages = {module.split(".")[0] for module in imports(path, top_level_only=True)}
         needed_here = needed | ({"triton"} if name == "landmark_kernel" else set())  # imported where there is a GPU
+        needed_here |= {"transformers"} if name == "examples.tats_on_transformers" else set()
         assert packages - set(sys.stdlib_module_names) - set(FILES) - set(FOLDERS) <= needed_here, name
