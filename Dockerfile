@@ -2,6 +2,7 @@
 #     docker build -t tats .
 #     docker run --rm --gpus all --shm-size 8g -v /data:/data tats python run_mae_pretraining.py --data_path /data/train.csv
 # --gpus all needs NVIDIA's container toolkit; --shm-size is for the loader's processes.
+# Built with buildah on another base image, never with Docker or on a GPU (docs/LOG.md).
 FROM python:3.13-slim
 # libgl1, libglib2.0-0: OpenCV. g++: --compile, and the kernels that DeepSpeed builds at first use. make: make demo
 RUN apt-get update \
