@@ -1,10 +1,13 @@
 # make demo | compare | test | test-slow | lint | bench | gpu | clean
-# Without an active environment each target makes .venv once and installs requirements.txt into it.
+# Without an active environment each target makes .venv once and installs the requirements*.txt into it, in the exact
+# versions of constraints.txt; CONSTRAINTS= installs the newest ones that they allow.
 # An active virtual or conda environment is used as it is; PYTHON=/path/to/python overrides both.
 # VENV=.venv-3.13 BASE_PYTHON=python3.13 make a second environment beside it, of another Python.
 # TESTS="tests/unit/test_ppo.py" runs some of the tests.
 VENV ?= .venv
 BASE_PYTHON ?= python3
+REQUIREMENTS := requirements.txt requirements-extra.txt requirements-dev.txt
+CONSTRAINTS ?= constraints.txt
 ifdef PYTHON
 else ifneq ($(VIRTUAL_ENV)$(CONDA_PREFIX),)
 PYTHON := python
@@ -45,10 +48,10 @@ clean:
 	rm -rf output .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-$(VENV)/.installed: requirements.txt pyproject.toml
+$(VENV)/.installed: $(REQUIREMENTS) $(CONSTRAINTS) pyproject.toml
 	@$(BASE_PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 15) else \
 	    "error: Python %d.%d: this needs 3.11 to 3.14; name one as BASE_PYTHON=python3.12" % v)'
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
-	$(VENV)/bin/pip install --quiet -r requirements.txt
+	$(VENV)/bin/pip install --quiet $(REQUIREMENTS:%=-r %) $(CONSTRAINTS:%=-c %)
 	touch $@

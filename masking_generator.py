@@ -93,7 +93,8 @@ class MaskSampler(nn.Module):
     mask comes from its seed. Samplers with needs_tokens get the embedded tokens without positions. A sampler defines
     scores, or draw_mask where it has more to say than scores.
 
-    decoder_mask_ratio (attribute): share of the masked tokens that the decoder is spared, see running_cell.
+    decoder_mask_ratio (attribute): share of the masked tokens that the decoder is spared. decoder_mask_type: which, see
+    DECODER_MASKS.
     learned: training changes its weights (LearnedSampler). own_optimizer: an optimizer of its own does so, by
     engine_for_tats; otherwise one backward pass trains autoencoder and sampler. flags: arguments of the constructor, by
     the flag of run_mae_pretraining.py that gives them.
@@ -104,6 +105,7 @@ class MaskSampler(nn.Module):
     own_optimizer = False
     flags: ClassVar[dict[str, str]] = {}
     decoder_mask_ratio = 0.0
+    decoder_mask_type = "run_cell"
 
     def __init__(self, grid: tuple[int, int, int], mask_ratio: float):
         super().__init__()
@@ -126,7 +128,7 @@ class MaskSampler(nn.Module):
     def spare_decoder(self, mask: Mask, seed: Tensor | None) -> Mask:
         """The mask with fewer tokens for the decoder, where decoder_mask_ratio says so."""
         if self.decoder_mask_ratio and seed is not None:
-            kept = running_cell(mask.masked, seed, self.grid, self.decoder_mask_ratio)
+            kept = DECODER_MASKS[self.decoder_mask_type](mask.masked, seed, self.grid, self.decoder_mask_ratio)
             mask = Mask(mask.visible, kept, mask.log_prob, mask.value)
         return mask
 
@@ -200,18 +202,36 @@ def running_cell(masked: Tensor, seed: Tensor, grid: tuple[int, int, int], ratio
     """The masked tokens int64 [B, N_m] left to the decoder, int64 [B, N_m - int(ratio * N_m)] ascending: dual masking
     with a running cell (VideoMAE V2, Wang 2023).
 
-    The four places of every 2 x 2 cell take turns from frame to frame, from a random one on: each frame is covered
-    evenly and over four frames every place has its turn. VideoMAE V2 lets the pattern decide alone, and visible tokens
-    fall out of it; here the number is fixed, and chance decides among places of equal turn.
+    The four places of every 2 x 2 cell, row by row, take turns from frame to frame, from a random one on: each frame is
+    covered evenly and over four frames every place has its turn. VideoMAE V2 lets this pattern decide alone, and
+    visible tokens fall out of it. Here the number is fixed, and chance decides among places of equal turn. For its tube
+    masks of 4, 8, ... token frames and ratios 1/4, 1/2, 3/4 the two are the same tokens.
     """
     _, rows, columns = grid
-    num_kept = masked.shape[1] - int(ratio * masked.shape[1])
     frame, place = masked // (rows * columns), masked % (rows * columns)
     row, column = place // columns % 2, place % columns % 2
-    noise = uniform_noise(seed ^ 0x5DEECE66D, 1 + masked.shape[1])  # another stream than the mask's
-    turn = (2 * row + (column ^ row) + frame + (4 * noise[:, :1]).long()) % 4  # round the cell: 00, 01, 11, 10
-    order = (turn + noise[:, 1:]).argsort(dim=1)
-    return masked.gather(1, order[:, :num_kept].sort(dim=1).values)
+    noise = _decoder_noise(masked, seed)
+    turn = (-(2 * row + column + frame) - (4 * noise[:, :1]).long()) % 4
+    return _lowest(masked, turn + noise[:, 1:], ratio)
+
+
+def random_places(masked: Tensor, seed: Tensor, grid: tuple[int, int, int], ratio: float) -> Tensor:
+    """As running_cell, with every masked token equally likely."""
+    return _lowest(masked, _decoder_noise(masked, seed)[:, 1:], ratio)
+
+
+def _decoder_noise(masked: Tensor, seed: Tensor) -> Tensor:
+    """float64 [B, 1 + N_m] in (0, 1), of another stream than the mask's."""
+    return uniform_noise(seed ^ 0x5DEECE66D, 1 + masked.shape[1])
+
+
+def _lowest(masked: Tensor, score: Tensor, ratio: float) -> Tensor:
+    """Of masked int64 [B, N_m] the N_m - int(ratio * N_m) of the lowest score [B, N_m], ascending."""
+    num_kept = masked.shape[1] - int(ratio * masked.shape[1])
+    return masked.gather(1, score.argsort(dim=1)[:, :num_kept].sort(dim=1).values)
+
+
+DECODER_MASKS = {"run_cell": running_cell, "random": random_places}
 
 
 class RandomMask(MaskSampler):

@@ -54,6 +54,7 @@ from runtime.flags import (
     PROBABILITY,
     RATE,
     SWITCH,
+    NoEffect,
     Range,
     Ranges,
     Refusals,
@@ -136,8 +137,8 @@ def get_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--dist_eval",
-        default=argparse.SUPPRESS,
-        action="store_true",
+        nargs=0,
+        action=NoEffect,
         help="accepted for VideoMAE's commands, no effect: evaluation is always distributed",
     )
     group.add_argument("--save_ckpt", default=True, action=SWITCH, help="write checkpoints")
@@ -171,7 +172,9 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--use_cls", dest="use_mean_pooling", action="store_false", help="classify the first token instead of the mean"
     )
-    group.add_argument("--fc_drop_rate", default=0.0, type=float, help="dropout before the classifier")
+    group.add_argument(
+        "--fc_drop_rate", "--head_drop_rate", default=0.0, type=float, help="dropout before the classifier"
+    )
     group.add_argument("--drop", default=0.0, type=float, help="dropout after positions, attention and MLP")
     group.add_argument("--attn_drop_rate", default=0.0, type=float, help="dropout of attention weights")
     group.add_argument(
@@ -204,6 +207,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--nb_classes", default=None, type=int, help="number of classes, or of values; default: the data set's, or 1"
     )
+    group.add_argument("--start_idx", action=NoEffect, help=argparse.SUPPRESS)  # of frames as files
     group.add_argument("--eval_data_path", default=None, help="validation list; default: val.csv in --data_path")
     group.add_argument(
         "--test_data_path",
@@ -285,9 +289,7 @@ def parse_args(arguments: list[str] | None = None, described: dict | None = None
         parser.set_defaults(**NOT_MIXED)
     if args.knn:
         parser.set_defaults(test_num_segment=1, test_num_crop=1)
-    args = parser.parse_args(arguments)
-    vars(args).pop("dist_eval", None)  # has no effect
-    return args
+    return parser.parse_args(arguments)
 
 
 RANGES: Ranges = [

@@ -12,7 +12,7 @@ from datasets.build import build_pretraining_loader
 from datasets.transforms import normalize
 from engine_for_pretraining import PretrainRecipe
 from engine_for_tats import Phases
-from masking_generator import FrameMask, MaskSampler, MotionMask, Policy, RandomMask, TubeMask
+from masking_generator import DECODER_MASKS, FrameMask, MaskSampler, MotionMask, Policy, RandomMask, TubeMask
 from modeling_adamae import AdaMAESampler
 from modeling_finetune import is_sinusoid_encoding_table
 from modeling_pretrain import JointModel
@@ -127,7 +127,13 @@ def get_parser() -> argparse.ArgumentParser:
         "--decoder_mask_ratio",
         default=0.0,
         type=float,
-        help="share of masked tokens that the decoder does not predict (VideoMAE V2's dual masking, running cell)",
+        help="share of masked tokens that the decoder does not predict (VideoMAE V2's dual masking)",
+    )
+    group.add_argument(
+        "--decoder_mask_type",
+        default="run_cell",
+        choices=list(DECODER_MASKS),
+        help="which tokens --decoder_mask_ratio removes: in turns within cells of 2 x 2 tokens, or random ones",
     )
     group.add_argument("--loss", default="mse", choices=["mse", "l1"], help="reconstruction loss")
     group.add_argument(
@@ -293,7 +299,12 @@ def build_sampler(args, mae: torch.nn.Module) -> MaskSampler:
         sampler = kind.for_encoder(mae.encoder, mae.grid, args.mask_ratio, **settings)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    sampler.decoder_mask_ratio = args.decoder_mask_ratio
+    return spared(sampler, args)
+
+
+def spared(sampler: MaskSampler, args) -> MaskSampler:
+    """The sampler, with what the flags spare the decoder."""
+    sampler.decoder_mask_ratio, sampler.decoder_mask_type = args.decoder_mask_ratio, args.decoder_mask_type
     return sampler
 
 
@@ -341,8 +352,7 @@ class Run:
         self.sampler = build_sampler(args, self.mae)
         self.warmup_sampler = None  # of the epochs before --tats_start_epoch
         if self.sampler.own_optimizer:
-            self.warmup_sampler = RandomMask(self.mae.grid, args.mask_ratio)
-            self.warmup_sampler.decoder_mask_ratio = args.decoder_mask_ratio
+            self.warmup_sampler = spared(RandomMask(self.mae.grid, args.mask_ratio), args)
         self.learned = args.mask_type if self.sampler.learned else ""  # the sampler's key in checkpoints
         if found:
             self._load_weights(*found)

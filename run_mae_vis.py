@@ -1,8 +1,9 @@
 """Draw what a pre-trained masked autoencoder and its sampler do with videos: one PNG a video, laid out as the paper's
 figures: frames, reconstruction, error, sampling probability, mask, the mask of a second checkpoint, and the trajectory
-attention of one token (--attention); with --gif also an animation of the mask.
+attention of one token (--attention) and the optical flow (--flow); with --gif also an animation of the mask.
 
-The checkpoint's own flags are used; any flag of run_mae_pretraining.py given here overrides them.
+The checkpoint's own flags are used; any flag of run_mae_pretraining.py given here overrides them. VideoMAE's order of
+places works too: [flags] VIDEO OUTPUT_DIR MODEL_PATH.
 """
 
 import argparse
@@ -45,9 +46,7 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[argparse.Namespace,
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--model_path", required=True, help="checkpoint of this project, VideoMAE's or AdaMAE's, or a run's folder"
-    )
+    parser.add_argument("--model_path", help="checkpoint of this project, VideoMAE's or AdaMAE's, or a run's folder")
     parser.add_argument("--compare_path", default="", help="second checkpoint, whose mask is added as the last row")
     parser.add_argument("--videos", nargs="+", default=[], help="video files")
     parser.add_argument("--data_path", default="", help="list file to take videos from instead")
@@ -59,10 +58,26 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[argparse.Namespace,
     parser.add_argument("--token", nargs=3, type=int, metavar=("FRAME", "ROW", "COLUMN"),
                         help="of --attention, in tokens from 0 (default: the one that moves most)")  # fmt: skip
     parser.add_argument(
+        "--flow", action="store_true", help="also the optical flow to the next frame (needs opencv-python, mmcv-lite)"
+    )
+    parser.add_argument(
         "--gif", action="store_true", help="also an animation: the video beside what the encoder sees of it"
     )
     parser.add_argument("--top_k", action="store_true", help="most probable tokens instead of a draw as in training")
-    return parser.parse_known_args(arguments)
+    flags, overrides = parser.parse_known_args(arguments)
+    theirs = get_parser()
+    theirs.add_argument("places", nargs="*")
+    places = theirs.parse_args(overrides).places
+    if len(places) not in (0, 3):
+        raise UsageError(f"{' '.join(places)}: give VIDEO OUTPUT_DIR MODEL_PATH, all three and last, or --model_path")
+    if places:
+        if flags.model_path or flags.videos or flags.data_path:
+            raise UsageError(f"--model_path, --videos, --data_path: cannot be combined with {' '.join(places)}")
+        flags.videos, flags.output_dir, flags.model_path = [places[0]], places[1], places[2]
+        overrides = overrides[:-3]
+    if not flags.model_path:
+        raise UsageError("give --model_path, the checkpoint to draw")
+    return flags, overrides
 
 
 class Trained:
@@ -201,6 +216,38 @@ def attention_row(trained: Trained, clip: torch.Tensor, token: list[int] | None)
     return f"attention of the\noutlined token\n(frame {frame}, {row}, {column})", shown, None
 
 
+def optical_flow(clip: torch.Tensor, frames: range) -> np.ndarray:
+    """Farneback's dense flow of clip uint8 [T, 3, H, W] from each of these frames to the next one; from the last one,
+    the flow before it. float32 [len(frames), H, W, 2], pixels right and down. Raises ImportError."""
+    import cv2
+
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in clip.permute(0, 2, 3, 1).contiguous().numpy()]
+    starts = [min(frame, len(grey) - 2) for frame in frames]
+    window = min(max(5, clip.shape[-1] // 8), 15)  # pixels; OpenCV's usual 15 would blur a small frame
+    settings = dict(pyr_scale=0.5, levels=3, winsize=window, iterations=3, poly_n=5, poly_sigma=1.2, flags=0)
+    return np.stack([cv2.calcOpticalFlowFarneback(grey[i], grey[i + 1], None, **settings) for i in starts])
+
+
+def flow_row(trained: Trained, clip: torch.Tensor) -> tuple[str, np.ndarray, None]:
+    """The flow of the shown frames in mmcv's colours, of one scale for the row. Raises UsageError."""
+    if len(clip) < 2:
+        raise UsageError("--flow: a clip of one frame has no motion")
+    try:
+        from mmcv import flow2rgb
+
+        flow = optical_flow(clip, range(0, len(clip), trained.args.num_frames // trained.mae.grid[0]))
+    except ImportError as error:
+        raise UsageError(
+            f"--flow: {error}: pip install -r requirements-extra.txt (opencv-python, mmcv-lite)"
+        ) from error
+    speed = np.linalg.norm(flow, axis=-1, keepdims=True)
+    full = max(np.quantile(speed, 0.98), 1e-3)  # pixels in full colour: outliers at the edges would pale the rest
+    flow = flow * np.minimum(1, full / np.maximum(speed, 1e-9))
+    colours = flow2rgb(flow.reshape(-1, *flow.shape[2:])).reshape(*flow.shape[:3], 3)
+    note = f"(up to {full:.1f} pixels a frame;\nright red, down yellow,\nleft cyan, up violet)"
+    return f"optical flow\n{note}", colours.clip(0, 1), None
+
+
 def write_gif(path: Path, trained: Trained, clip: torch.Tensor, masks: list[tuple[Trained, Mask]]) -> None:
     """The clip, and beside it the clip as each mask leaves it, every frame, at least 128 pixels high."""
     pixels = trained.normalize(clip.unsqueeze(0))[0]
@@ -272,6 +319,8 @@ def draw_videos(flags: argparse.Namespace, overrides: list[str]) -> tuple[list[P
             rows.append(mask_row(other, pixels, mask, flags.top_k))
         if flags.attention:
             rows.append(attention_row(trained, clip, flags.token))
+        if flags.flow:
+            rows.append(flow_row(trained, clip))
         # file systems take names of 255 bytes
         stem = os.fsencode(Path(video).stem)[:200].decode(errors="ignore")
         path = output / f"{number:02d}-{stem}.png"

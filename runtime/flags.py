@@ -33,7 +33,35 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, "", []) else super()._get_help_string(action)
 
 
+class NoEffect(argparse.Action):
+    """A flag of published commands that changes nothing here: its value is read and dropped."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pass
+
+
+# Flags of VideoMAE V2's scripts that are not here, and what to do instead.
+INSTEAD = {
+    "--data_root": "relative paths of a list start at the list's folder: move the list there, or write whole paths",
+    "--sparse_sample": "give --num_segments the value of --num_frames",
+    "--validation": "give --eval; validation runs after each epoch of training anyway",
+}
+
+
 class FlagParser(argparse.ArgumentParser):
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """Unknown flags are an error, which says what to use in place of those of INSTEAD."""
+        namespace, unknown = self.parse_known_args(args, namespace)
+        for flag in (word.partition("=")[0] for word in unknown):
+            if flag in INSTEAD:
+                self.error(f"{flag} is not here: {INSTEAD[flag]} (docs/MIGRATING.md)")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace
+
     def format_help(self) -> str:
         """The help of all flags, those of RARE last."""
         rare = self.add_argument_group("rarely needed")
@@ -132,7 +160,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--tubelet_size", default=2, type=int, help="frames per token")
     group.add_argument("--drop_path", type=float, help="stochastic depth rate of the last block")
     group.add_argument(
-        "--use_checkpoint", default=False, action=SWITCH, help="activation checkpointing: less memory, slower"
+        "--use_checkpoint",
+        "--with_checkpoint",
+        default=False,
+        action=SWITCH,
+        help="activation checkpointing: less memory, slower",
     )
     return group
 
@@ -195,6 +227,7 @@ def add_data_flags(parser: argparse.ArgumentParser, data_path_help: str) -> argp
         type=int,
         help="short side in pixels to which larger frames are decoded; 0: the video's own",
     )
+    group.add_argument("--fname_tmpl", action=NoEffect, help=argparse.SUPPRESS)  # of frames as files, which V2 reads
     group.add_argument("--num_workers", default=10, type=int, help="loader processes per rank")
     group.add_argument("--pin_mem", default=True, action=SWITCH, help="pinned host memory for batches")
     group.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)

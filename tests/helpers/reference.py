@@ -263,15 +263,29 @@ def tats(tokens: Tensor, state: dict[str, Tensor], attention, temperature: float
 
 
 def running_cell(masked: list[int], grid: tuple[int, int, int], ratio: float, start: int, noise: list[float]) -> list:
-    """The masked tokens of one clip left to the decoder: the cells' places take turns round the cell, frame by frame
-    from the place start on; equal turns by noise."""
+    """The masked tokens of one clip left to the decoder: the cells' places, row by row, take turns frame by frame from
+    the place start on; equal turns by noise."""
     _, rows, columns = grid
-    position = {(0, 0): 0, (0, 1): 1, (1, 1): 2, (1, 0): 3}
+    position = {(0, 0): 4, (0, 1): 3, (1, 0): 2, (1, 1): 1}
     order = []
     for token, chance in zip(masked, noise, strict=True):
         frame, row, column = token // (rows * columns), token // columns % rows, token % columns
-        order.append(((position[row % 2, column % 2] + frame + start) % 4, chance, token))
+        order.append(((position[row % 2, column % 2] - frame - start) % 4, chance, token))
     return sorted(token for _, _, token in sorted(order)[: len(masked) - int(ratio * len(masked))])
+
+
+def published_running_cell(grid: tuple[int, int, int], ratio: float, start: int) -> list[int]:
+    """Tokens that VideoMAE V2's running cell leaves to the decoder, visible ones too: a cell of 2 x 2 places is a row
+    of int(4 ratio) hidden and then shown places, which is turned by one place per frame; start: its turn in frame 0."""
+    hidden = int(4 * ratio)
+    cell = [False] * hidden + [True] * (4 - hidden)
+    return [
+        (frame * grid[1] + row) * grid[2] + column
+        for frame in range(grid[0])
+        for row in range(grid[1])
+        for column in range(grid[2])
+        if cell[(2 * (row % 2) + column % 2 + start + frame) % 4]
+    ]
 
 
 def tats_attention(kind: str, num_heads: int, num_frames: int, num_landmarks: int, landmark_gradient: bool = False):

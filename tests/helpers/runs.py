@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import run_mae_pretraining
+from runtime.flags import NoEffect
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -55,6 +56,11 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def flags_to_read(parser) -> set[str]:
+    """Names of the flags that say more than "taken, without effect"."""
+    return {action.dest for action in parser._actions if not isinstance(action, NoEffect)} - {"help"}
 
 
 def flags_read(other_scripts: tuple[str, ...]) -> set[str]:

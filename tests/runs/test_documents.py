@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_COMMANDS = {"docs/LOG.md": "notes on what was run then", "docs/GPU.md": "written by make gpu"}
-SOURCES = [p for folder in ("", "datasets", "runtime", "tools", "bench") for p in (ROOT / folder).glob("*.py")]
+FOLDERS = ("", "datasets", "runtime", "tools", "bench", "examples")
+SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
 FLAGS = {flag for path in SOURCES for flag in re.findall(r'"(--[a-z]\w*)"', path.read_text())}
 OTHERS = {"--nodes", "--array"}  # of sbatch
 

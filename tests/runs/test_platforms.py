@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import engine_for_finetuning
@@ -21,7 +22,7 @@ import run_class_finetuning
 import run_mae_pretraining
 import utils
 from datasets.build import build_evaluation_loader, build_finetuning_loader, build_pretraining_loader, start_worker
-from tests.helpers.runs import assert_names
+from tests.helpers.runs import assert_names, read_log, run_here
 from tools.common import in_processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +72,11 @@ def module_level_imports(path):
 
 
 def test_no_file_imports_what_windows_lacks():
-    files = [file for folder in ("", "datasets", "runtime", "tools", "bench") for file in (ROOT / folder).glob("*.py")]
+    files = [
+        file
+        for folder in ("", "datasets", "runtime", "tools", "bench", "examples")
+        for file in (ROOT / folder).glob("*.py")
+    ]
     assert len(files) > 40
     found = {str(file.relative_to(ROOT)): POSIX_ONLY & set(module_level_imports(file)) for file in files}
     assert {file: names for file, names in found.items() if names} == {}
@@ -163,6 +168,30 @@ def test_peak_memory_is_in_the_platforms_unit(monkeypatch, platform, unit):
     assert utils.peak_memory(torch.device("cpu")) == 3
     monkeypatch.setitem(sys.modules, "resource", None)
     assert math.isnan(utils.peak_memory(torch.device("cpu")))
+
+
+def requirements(name: str) -> dict[str, Requirement]:
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    return {found.name: found for found in map(Requirement, filter(None, lines))}
+
+
+def test_constraints_are_versions_that_the_requirements_allow():
+    run, extra, dev = (requirements(f"requirements{part}.txt") for part in ("", "-extra", "-dev"))
+    assert {"torch", "torchvision", "timm", "numpy", "scipy", "matplotlib", "tensorboardX", "av"} == run.keys()
+    assert {"decord", "deepspeed", "mmcv-lite", "opencv-python"} == extra.keys()
+    assert {"pytest", "pytest-xdist", "ruff", "transformers"} <= dev.keys()
+    constraints = requirements("constraints.txt")
+    for name, requirement in (run | extra | dev).items():
+        (exact,) = constraints[name].specifier
+        assert exact.operator == "==" and requirement.specifier.contains(exact.version), name
+
+
+def test_pretraining_needs_no_extra_package(shapes, tmp_path, monkeypatch):
+    """Of requirements-extra.txt, with requirements.txt alone."""
+    for package in ("decord", "deepspeed", "mmcv", "cv2", "transformers"):
+        monkeypatch.setitem(sys.modules, package, None)
+    run_here(shapes, "--mask_type", "tats", "--tats_start_epoch", 0, "--epochs", 1, "--output_dir", tmp_path)
+    assert read_log(tmp_path)[-1]["train_loss"] > 0
 
 
 def test_supported_pythons_are_said_where_pip_reads_them():

@@ -1,11 +1,13 @@
 """The picture script on small checkpoints."""
 
 import argparse
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 import run_mae_pretraining
 import run_mae_vis
@@ -125,3 +127,58 @@ def test_everything_in_one_figure_and_an_animation(trained, tmp_path):
         still = np.asarray(animation.convert("RGB"), dtype=float)
     video, masked = still[:, :128], still[:, 4 * 34 : 4 * 66]
     assert masked.mean() < 0.5 * video.mean()
+
+
+def moving_texture(right, down, frames=4, size=32):
+    """uint8 [T, 3, S, S] of a smooth random texture that moves by so many pixels per frame."""
+    noise = torch.rand(1, 1, size + 40, size + 40, generator=torch.Generator().manual_seed(0))
+    texture = TF.gaussian_blur(noise, 9, 2.0)[0, 0]
+    texture = (texture - texture.min()) / (texture.max() - texture.min()) * 255
+    clip = [texture[20 - i * down :, 20 - i * right :][:size, :size] for i in range(frames)]
+    return torch.stack(clip).to(torch.uint8).unsqueeze(1).expand(-1, 3, -1, -1)
+
+
+@pytest.mark.parametrize("right, down, colour", [(3, 0, "red"), (0, 2, "yellow"), (-3, 0, "cyan"), (0, -2, "violet")])
+def test_flow_has_the_direction_and_the_speed_of_a_moving_texture(trained, right, down, colour):
+    pytest.importorskip("mmcv")
+    clip = moving_texture(right, down)
+    flow = run_mae_vis.optical_flow(clip, range(0, 4))
+    assert flow.shape == (4, 32, 32, 2)
+    assert np.allclose(np.median(flow, axis=(1, 2)), (right, down), atol=0.1)
+    vis = run_mae_vis.Trained(str(trained / "tube/checkpoint-0.pth"), [])
+    label, shown, colours = run_mae_vis.flow_row(vis, clip)
+    assert "optical flow" in label and shown.shape == (2, 32, 32, 3) and colours is None
+    hue = {"red": (1, 0, 0), "yellow": (1, 0.9, 0), "cyan": (0, 0.8, 1), "violet": (0.35, 0, 1)}
+    nearest = {name: np.abs(np.median(shown, axis=(0, 1, 2)) - value).sum() for name, value in hue.items()}
+    assert min(nearest, key=nearest.get) == colour and colour in label
+
+
+def test_flow_is_a_row_of_the_figure_and_says_what_is_missing(trained, tmp_path, monkeypatch):
+    pytest.importorskip("mmcv")
+    rows = []
+    monkeypatch.setattr(run_mae_vis, "draw_figure", lambda found, title, path: rows.extend(found))
+    video = str(next((trained / "shapes/videos").glob("*.mp4")))
+    flags = ["--model_path", str(trained / "tube"), "--videos", video, "--output_dir", str(tmp_path), "--flow"]
+    run_mae_vis.main(flags)
+    assert rows[-1][0].startswith("optical flow") and rows[-1][1].shape == rows[0][1].shape
+    for package in ("mmcv", "cv2"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(SystemExit, match=naming("--flow", package, "opencv-python", "mmcv-lite")):
+                run_mae_vis.main(flags)
+
+
+def test_the_published_order_of_places(trained, tmp_path):
+    """VideoMAE's vis.sh: flags, then the video, the folder and the checkpoint."""
+    state = torch.load(trained / "tube/checkpoint-0.pth", weights_only=True)
+    torch.save({"model": state["model"]}, tmp_path / "videomae.pth")
+    video = str(next((trained / "shapes/videos").glob("*.mp4")))
+    flags = (
+        "--mask_ratio 0.9 --mask_type tube --decoder_depth 1 --model pretrain_videomae_tiny_patch8_64 --input_size 32"
+    )
+    places = [video, str(tmp_path / "demo"), str(tmp_path / "videomae.pth")]
+    run_mae_vis.main([*flags.split(), *places])
+    assert len(list((tmp_path / "demo").glob("*.png"))) == 1
+    for wrong in (places[:2], [*places, "--videos", video]):
+        with pytest.raises(SystemExit, match=naming("error: ", "--model_path", video)):
+            run_mae_vis.main([*flags.split(), *wrong])

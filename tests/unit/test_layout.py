@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("datasets", "runtime", "tools")
+FOLDERS = ("datasets", "runtime", "tools", "examples")
 FILES = {path.stem: path for path in ROOT.glob("*.py")} | {
     f"{folder}.{path.stem}": path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")
 }
@@ -43,7 +43,7 @@ RULES = {
     r"tools\.(convert_checkpoint|model_card)": rf"tools\.\w+|datasets\.\w+|runtime\.\w+|{METHOD}|run_\w+|utils",
     r"tools\.(?!fixed_point|measure|predict|extract_|trained|compare_|run_folders|convert_|model_)\w+": r"tools\.\w+|"
     r"datasets\.\w+|utils",
-    r"run_\w+": r".*",
+    r"run_\w+|examples\.\w+": r".*",
 }
 
 
@@ -75,7 +75,8 @@ def test_the_root_is_what_a_user_of_videomae_looks_for():
         ("decord", {"datasets.decoding"}),
         ("deepspeed", {"runtime.zero"}),
         ("tensorboardX", {"runtime.outputs"}),
-        ("mmcv", set()),
+        ("mmcv", {"run_mae_vis"}),
+        ("cv2", {"run_mae_vis"}),
         ("landmark_kernel", {"trajectory_attention"}),
     ],
 )
@@ -94,4 +95,5 @@ def test_only_known_packages_are_imported_at_the_top():
     for name, path in FILES.items():
         packages = {module.split(".")[0] for module in imports(path, top_level_only=True)}
         needed_here = needed | ({"triton"} if name == "landmark_kernel" else set())  # imported where there is a GPU
+        needed_here |= {"transformers"} if name == "examples.tats_on_transformers" else set()
         assert packages - set(sys.stdlib_module_names) - set(FILES) - set(FOLDERS) <= needed_here, name

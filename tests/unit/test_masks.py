@@ -19,6 +19,7 @@ from masking_generator import (
     gumbel_noise,
     motion_energy,
     motion_lift,
+    random_places,
     running_cell,
     split_by_score,
     uniform_noise,
@@ -312,6 +313,34 @@ def test_running_cell_covers_every_cell_of_every_frame_and_every_place_evenly(ra
     assert (shown.sum(dim=(3, 5)) == places).all()
     assert (shown.unflatten(1, (2, 4)).sum(dim=2) == places).all()
     assert (shown == shown[:, :, :1, :, :1]).all()  # the cells of a frame agree
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("grid", [(8, 14, 14), (4, 16, 16), (8, 4, 6)])
+def test_running_cell_of_tube_masks_is_the_published_one(grid, ratio):
+    """One of its four turns for each clip, and every turn for some."""
+    seeds, sampler = torch.arange(40), TubeMask(grid, 0.9)
+    hidden = sampler(None, seeds).masked
+    sampler.decoder_mask_ratio = ratio
+    shown = [set(reference.published_running_cell(grid, ratio, start)) for start in range(4)]
+    turns = []
+    for every, kept in zip(hidden.tolist(), sampler(None, seeds).masked.tolist(), strict=True):
+        turns.append([start for start in range(4) if kept == sorted(shown[start] & set(every))])
+    assert all(turns) and {start for found in turns for start in found} == {0, 1, 2, 3}
+
+
+def test_random_decoder_mask_is_a_random_subset():
+    masked = random_subsets(1000, 64, 48)
+    kept = random_places(masked, torch.arange(1000), (4, 4, 4), 0.5)
+    assert kept.shape == (1000, 24) and (kept.diff(dim=1) > 0).all()
+    assert all(set(few) <= set(every) for few, every in zip(kept.tolist(), masked.tolist(), strict=True))
+    counts, expected = (count_frequencies(x.flatten(), 64) for x in (kept, masked))
+    assert scipy.stats.chisquare(counts, expected / 2).pvalue > 1e-3
+    sampler = RandomMask((4, 4, 4), 0.75)
+    sampler.decoder_mask_ratio, sampler.decoder_mask_type = 0.5, "random"
+    seeds = torch.arange(5)
+    hidden = RandomMask((4, 4, 4), 0.75)(None, seeds).masked
+    assert torch.equal(sampler(None, seeds).masked, random_places(hidden, seeds, (4, 4, 4), 0.5))
 
 
 def test_running_cell_starts_at_every_place_equally_often_whatever_the_mask():

@@ -1,0 +1,1 @@
+"""Samplers for other models, and samplers of one's own: one script each."""
