@@ -28,7 +28,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 import safetensors.torch
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +39,7 @@ import run_mae_pretraining
 from datasets.build import DATA_SETS
 from datasets.transforms import mean_and_std
 from masking_generator import Mask
-from modeling_finetune import SIZES, is_sinusoid_encoding_table
+from modeling_finetune import is_sinusoid_encoding_table
 from runtime.checkpoint import CheckpointError, open_checkpoint, save_checkpoint, saved_args
 from runtime.convert import IMAGE, from_huggingface, load_weights, model_weights, split_samplers, to_huggingface
 from runtime.foreign_files import ARGS_FILE, SAMPLER_FILE
@@ -48,6 +47,7 @@ from runtime.reports import class_names
 from runtime.resume import saved_defaults
 from tools.common import Formatter, run_tool, write_text
 from tools.model_card import PATHS, model_card
+from tools.trained import flags_of_config, is_huggingface
 from utils import UsageError
 
 PRETRAINING, CLASSIFICATION = "VideoMAEForPreTraining", "VideoMAEForVideoClassification"
@@ -98,8 +98,8 @@ def read_checkpoint(flags: argparse.Namespace, overrides: list[str]) -> Checkpoi
         raise CheckpointError(f"{path}: has neither a decoder nor a classifier, so it is neither kind of model")
 
     saved, names = saved_args(state, path), state.get("class_names")
-    if path.name.startswith(("model.safetensors", "pytorch_model")) and (path.parent / "config.json").is_file():
-        in_config, in_labels = flags_of_config(path.parent, kind)
+    if is_huggingface(path):
+        in_config, in_labels = flags_of_config(path.parent, MODULES[kind])
         saved, names = in_config | saved, names or in_labels
     args = parse_flags(kind, saved, overrides, weights, samplers, path)
     build = run_mae_pretraining.build_mae if kind == PRETRAINING else build_classifier
@@ -133,8 +133,12 @@ def parse_flags(
         if data_set is None or data_set.num_classes != num_classes:
             saved = saved | {"data_set": "custom"}
         saved = saved | {"nb_classes": num_classes, "use_mean_pooling": "fc_norm.weight" in weights}
-    parser.set_defaults(**saved_defaults(parser, saved, names, path))
-    args = parser.parse_args([*overrides, "--device", "cpu", "--amp", "none"])
+    described, given = saved_defaults(parser, saved, names, path), [*overrides, "--device", "cpu", "--amp", "none"]
+    if kind == PRETRAINING:
+        parser.set_defaults(**described)
+        args = parser.parse_args(given)
+    else:
+        args = run_class_finetuning.parse_args(given, described)
     script.check_flags(args)
     return args
 
@@ -173,37 +177,6 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint, layout: str) -> None:
 
 def with_samplers(checkpoint: Checkpoint) -> str:
     return "".join(f", {len(tensors)} of the {name} sampler" for name, tensors in checkpoint.samplers.items())
-
-
-def flags_of_config(folder: Path, kind: str) -> tuple[dict, list[str] | None]:
-    """(flags, names of the classes or None) that a Hugging Face folder's configuration stands for."""
-    processor = {}
-    try:
-        config = dict(json.loads((folder / "config.json").read_text()))
-        if (folder / "preprocessor_config.json").is_file():
-            processor = dict(json.loads((folder / "preprocessor_config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: its configuration cannot be read ({error})") from error
-    flags = {
-        flag: config[name]
-        for flag, name in (("input_size", "image_size"), ("patch_size", "patch_size"), ("num_frames", "num_frames"),
-                           ("tubelet_size", "tubelet_size"), ("decoder_depth", "decoder_num_hidden_layers"),
-                           ("normalize_target", "norm_pix_loss"))
-        if name in config
-    }  # fmt: skip
-    sizes = tuple(config.get(name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    for size, values in SIZES.items():
-        if sizes == (values["embed_dim"], values["depth"], values["num_heads"]):
-            flags["model"] = timm.list_models(f"*{size}_patch*", module=MODULES[kind])[0]
-    statistics = tuple(tuple(processor.get(name, ())) for name in ("image_mean", "image_std"))
-    for is_imagenet in (True, False):
-        if statistics == mean_and_std(is_imagenet):
-            flags["imagenet_default_mean_and_std"] = is_imagenet
-    flags |= {name: processor[name] for name in ("sampling_rate", "num_segments") if name in processor}
-    labels = config.get("id2label") if kind == CLASSIFICATION else None
-    names = [labels.get(str(label)) for label in range(len(labels))] if isinstance(labels, dict) else []
-    named = names and all(isinstance(name, str) for name in names) and names[0] != "LABEL_0"
-    return flags, names if named else None
 
 
 # ------------------------------------------------------------------------------------------------ to a folder
@@ -271,7 +244,9 @@ def config_of(checkpoint: Checkpoint) -> dict:
         }
     names = checkpoint.names or [f"LABEL_{label}" for label in range(args.nb_classes)]
     labels = [name if names.count(name) == 1 else f"{name} ({label})" for label, name in enumerate(names)]
+    problem = args.task if args.task == "regression" else f"{args.task}_classification"
     return config | {
+        "problem_type": problem,
         "id2label": {str(label): name for label, name in enumerate(labels)},
         "label2id": {name: label for label, name in enumerate(labels)},
     }

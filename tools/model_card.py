@@ -6,6 +6,7 @@ from pathlib import Path
 
 from run_class_finetuning import BEST
 from runtime.reports import read_report
+from runtime.tasks import TITLES
 
 METHODS = {
     "tube": "VideoMAE's tube masks ([arXiv 2203.12602](https://arxiv.org/abs/2203.12602))",
@@ -19,6 +20,8 @@ SETTINGS = """model input_size num_frames sampling_rate num_segments tubelet_siz
     decoder_mask_ratio loss normalize_target tats_objective tats_start_epoch tats_lr epochs batch_size accum_iter
     world_size lr min_lr warmup_epochs opt opt_betas weight_decay clip_grad drop_path layer_decay smoothing mixup
     cutmix aa reprob num_sample seed amp""".split()
+# What test.json may have, and its name in a card.
+CARD = TITLES | {"mean_class_acc1": "mean top-1 over the classes (%)", "macro_f1": "macro F1"}
 # Flags whose values are about a machine; of these a card gives no more than the last two parts.
 PATHS = "data_path eval_data_path test_data_path finetune resume output_dir log_dir deepspeed_config dist_url".split()
 
@@ -74,13 +77,16 @@ def _numbers(path: Path, run: Path) -> list[str]:
         return ["No test was run."]
     tested = Path(str(report.get("checkpoint", ""))).name
     if tested == path.name:
-        found = {"top-1": report.get("acc1"), "top-5": report.get("acc5"), "mean top-1 over the classes": None}
-        found["mean top-1 over the classes"] = report.get("mean_class_acc1")
-    elif path.name == BEST and "acc1_best" in report:
-        found = {"top-1": report["acc1_best"], "top-5": report.get("acc5_best")}
+        found = {title: report.get(name) for name, title in CARD.items()}
+    elif path.name == BEST and any(f"{name}_best" in report for name in CARD):
+        found = {title: report.get(f"{name}_best") for name, title in CARD.items()}
     else:
         return [f"The run's test is of another checkpoint ({tested})."]
-    rows = [f"| {name} | {value:.2f} % |" for name, value in found.items() if isinstance(value, int | float)]
+    rows = [
+        f"| {title.removesuffix(' (%)')} | {f'{value:.2f} %' if '(%)' in title else f'{value:.4g}'} |"
+        for title, value in found.items()
+        if isinstance(value, int | float)
+    ]
     text = (
         f"{report.get('videos')} videos of {_end(report.get('list', ''))}, {report.get('temporal_clips')} x "
         f"{report.get('spatial_crops')} views per video."

@@ -19,7 +19,7 @@ from datasets.moving_shapes import FPS
 from datasets.transforms import spatial_crops
 from engine_for_finetuning import store_features
 from tests.helpers.runs import TINY, assert_names, finetuning_flags, naming
-from tools import extract_features, predict
+from tools import convert_checkpoint, extract_features, predict
 from tools.trained import flags_of_weights
 
 HERE = ["--device", "cpu", "--num_workers", "0"]
@@ -94,7 +94,7 @@ def test_features_of_hugging_faces_weights_are_those_of_transformers(labelled, t
     model = VideoMAEModel(config).eval()
     model.save_pretrained(tmp_path / "hf")
     extract("--list", labelled / "val.csv", "--model_path", tmp_path / "hf", "--output", tmp_path / "f.npz",
-            "--num_frames", 4, "--input_size", 32, "--sampling_rate", 2)  # fmt: skip
+            "--sampling_rate", 2)  # fmt: skip
     clips = []
     for path in listed(labelled):
         frames = read_frames(path, [3, 5, 7, 9]).permute(0, 3, 1, 2)
@@ -288,6 +288,14 @@ def test_predictions_of_other_tasks(task, labelled, tmp_path, capsys):
         best = logits.argsort(descending=True)
         assert [label["name"] for label in found["labels"]] == ["xyz"[k] for k in best]
         np.testing.assert_allclose([label["score"] for label in found["labels"]], logits[best].sigmoid(), rtol=1e-4)
+    # as a Hugging Face folder, also where only its own files say what it is
+    convert_checkpoint.main(["--input", str(tmp_path / "checkpoint-0.pth"), "--output", str(tmp_path / "hf")])
+    problem = json.loads((tmp_path / "hf/config.json").read_text())["problem_type"]
+    assert problem == {"multi_label": "multi_label_classification", "regression": "regression"}[task]
+    (tmp_path / "hf/args.json").unlink()
+    capsys.readouterr()
+    folder = ["--model_path", tmp_path / "hf", "--test_num_segment", 1, "--test_num_crop", 1]
+    assert predictions(capsys, video, *folder) == [found]
 
 
 def test_what_cannot_be_predicted_is_said(labelled, pretrained, finetuned, tmp_path):
