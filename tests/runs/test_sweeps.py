@@ -79,7 +79,7 @@ def test_settings_that_make_no_sense_are_said(environment, parts, tmp_path):
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     shapes = write_dataset(tmp_path / "shapes", train=20, val=20, size=32, frames=16)
     out = tmp_path / "out"
-    environment = dict(DATA_PATH=str(shapes), OUTPUT_DIR=str(out), METHODS="random", PRETRAIN_EPOCHS="2",
+    environment = dict(DATA_PATH=str(shapes), OUTPUT_DIR=str(out), METHODS="random", SEEDS="0", PRETRAIN_EPOCHS="2",
                        EVALUATIONS="linear_probe", PROBE_EPOCHS="1", TATS_START_EPOCH="1", NUM_WORKERS="0", JOBS="1",
                        BATCH_SIZE="4", OMP_NUM_THREADS="1", MEASURE="")  # fmt: skip
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

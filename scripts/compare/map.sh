@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Where do adaptive masks help? Size of the moving shape x mask ratio x mask, on the embedded data; map.png and table.md with
+# the differences from random masks. bash scripts/compare/map.sh; about 3 minutes per run on one core, and shapes of the
+# default size share the runs of make compare.
+#   SIZES   ranges of the radius in sides, as "0.1-0.16 0.175-0.28"; the others: scripts/compare/sweep.sh
+set -euo pipefail
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+OUTPUT=${OUTPUT_DIR:-$REPOSITORY/output/compare} SHAPES=${DATA_PATH:-$REPOSITORY/output/shapes}
+SIZES=${SIZES:-0.1-0.16 0.175-0.28}
+export METHODS=${METHODS:-random motion adamae listwise} SEEDS=${SEEDS:-0 1 2} MASK_RATIOS=${MASK_RATIOS:-0.75 0.85 0.95}
+folders=()
+for size in $SIZES; do
+    if [ "$size" = 0.175-0.28 ]; then # the default
+        folder=$OUTPUT/embedded data=$SHAPES flags=
+    else
+        folder=$OUTPUT/size_$size data=${SHAPES}_$size flags="--shape_size ${size/-/ }"
+    fi
+    folders+=("$folder")
+    SHAPES_FLAGS="$flags ${SHAPES_FLAGS:-}" DATA_PATH=$data OUTPUT_DIR=$folder \
+        bash "$REPOSITORY/scripts/compare/embedded.sh" || failed=1
+done
+[ -z "${LIST:-}" ] || exit 0
+cd "$REPOSITORY"
+interpreter=${PYTHON:-$(source scripts/common.sh && echo "$PYTHON")}
+"$interpreter" tools/compare_runs.py "${folders[@]}" --output "$OUTPUT/map" --by mask_type mask_ratio tats_objective \
+    --baseline random --level 50 "$@"
+[ -z "${failed:-}" ]
