@@ -111,6 +111,7 @@ def test_a_folder_of_version_1_is_refused(written, tmp_path):
 @pytest.mark.parametrize(
     "look",
     [dict(shape_size=[0.3, 0.2]), dict(shape_size=[0, 0.2]), dict(shape_size=[0.2, 0.5]), dict(background_wave=[2, 1]),
+     dict(shape_wave=[0, 1]),
      dict(num_shapes=0), dict(distractors=-1), dict(camera=-0.1), dict(camera=float("nan"))],
 )  # fmt: skip
 def test_a_look_that_makes_no_clip_is_refused(look, tmp_path):
@@ -234,6 +235,18 @@ def test_background_wave_is_in_sides():
     """A background of one wavelength of 4 sides varies less in a patch than one of 1/4 of a side."""
     smooth, fine = (np.std(render(1, frames=2, background_wave=(w, w))[0][0, :6, :6], (0, 1)).mean() for w in (4, 0.25))
     assert 3 * smooth < fine
+
+
+def test_shape_wave_is_in_sides():
+    """The same for what a shape shows: the spread of its colours in small blocks inside it."""
+    spreads = []
+    for wave in (1.0, 0.125):
+        clip, mask = render(1, frames=2, shape_wave=(wave, wave), shape_size=(0.4, 0.4))
+        blocks = [
+            (y, x) for y in range(0, SIZE - 6, 6) for x in range(0, SIZE - 6, 6) if mask[0, y : y + 6, x : x + 6].all()
+        ]
+        spreads.append(np.mean([np.std(clip[0, y : y + 6, x : x + 6], (0, 1)).mean() for y, x in blocks]))
+    assert 1.5 * spreads[0] < spreads[1]
 
 
 def test_sprites_turn_and_move_as_their_kind_says():
