@@ -2,7 +2,7 @@
 # make compare: masks on the embedded data at one mask ratio: pre-training on ten kinds of motion, measured (tools/measure.py)
 # and fine-tuned on four of them (right, left, up or down?), beside training from scratch; a table and pictures.
 # Settings: scripts/compare/sweep.sh. More seeds are added by the same command, as SEEDS="0 1 2 3 4".
-export PRETRAIN_EPOCHS=${PRETRAIN_EPOCHS:-4} FINETUNE_EPOCHS=${FINETUNE_EPOCHS:-8} PROBE_EPOCHS=${PROBE_EPOCHS:-30}
+export PRETRAIN_EPOCHS=${PRETRAIN_EPOCHS:-4} FINETUNE_EPOCHS=${FINETUNE_EPOCHS:-6} PROBE_EPOCHS=${PROBE_EPOCHS:-30}
 export JOBS=${JOBS:-$(nproc)} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a thread a run costs least
 METHODS=${METHODS:-random tube motion listwise scratch} SEEDS=${SEEDS:-0 1 2} MEASURE=${MEASURE-1}
 source "$(dirname "${BASH_SOURCE[0]}")/sweep.sh"

@@ -32,9 +32,16 @@ def zero(stage: int) -> list[str]:
 
 
 NORMALIZED = {"ddp": [], "zero0": zero(0), "zero2": zero(2), "zero3": zero(3)}
-# What runs fast enough for make test; the rest has the mark slow.
-QUICK = {"stopped-zero2", "nan-start0-ddp", "nan-start0-zero1", "normalized-start0-ddp", "finetune-ddp"}
-QUICK |= {"finetune-zero1"}
+# The cases of make test; `make test-slow` runs all. Some are only what others are compared with.
+QUICK = {
+    "tats-ddp", "tats-zero2", "tats-zero3", "tats-one", "tats-accumulated", "tube-one", "stopped-zero2", "zero3-to-ddp",
+    "two-to-one", "one-goes-on", "nan-start0-ddp", "nan-start0-zero1", "normalized-start0-ddp", "normalized-start0-one",
+    "normalized-start0-rollouts2", "normalized-start0-rollouts1", "listwise-start0-ddp", "listwise-start0-one",
+    "finetune-ddp", "finetune-zero1", "finetune-one",
+}  # fmt: skip
+at_every_stage = pytest.mark.parametrize(
+    "stage", [stage if f"tats-zero{stage}" in QUICK else pytest.param(stage, marks=slow) for stage in STAGES]
+)
 
 
 def parameters(prefix: str, names) -> list:
@@ -101,14 +108,11 @@ class Runs:
 def runs(tmp_path_factory, request) -> Runs:
     runs = Runs(tmp_path_factory.mktemp("distributed"))
     with_slow = "not slow" not in request.config.option.markexpr
-    masks = MASKS if with_slow else ("tats",)
     two = []
-    for mask in masks:
+    for mask in MASKS:
         for name, more in [("ddp", []), *((f"zero{stage}", zero(stage)) for stage in STAGES)]:
             name = f"{mask}-{name}"
             two.append({"name": name, "flags": runs.flags(name, mask, 4, *more)})
-    if not with_slow:
-        two.append({"name": "tube-ddp", "flags": runs.flags("tube-ddp", "tube", 4)})
     for name, more in [("ddp", []), *((f"zero{stage}", zero(stage)) for stage in STAGES)]:
         name = f"stopped-{name}"
         flags = runs.flags(name, "tats", 4, *more)
@@ -147,11 +151,9 @@ def runs(tmp_path_factory, request) -> Runs:
         two.append({"name": name, "flags": runs.finetune_flags(name, 4, *more), "finetunes": True})
     flags = runs.finetune_flags("finetune-stopped", 4, *zero(3))
     two.append({"name": "finetune-stopped", "flags": flags, "finetunes": True, "stop_at": 9, "then": flags})
-    families = tuple({name.rsplit("-", 1)[0] for name in QUICK})
-    quick = lambda name: with_slow or name in QUICK or not name.startswith(families) or "rollouts" in name  # noqa: E731
-    runs.launch([case for case in two if quick(case["name"])], 2)
-    one = [] if with_slow else [{"name": "tube-one", "flags": runs.flags("tube-one", "tube", 8)}]
-    for mask in masks:
+    runs.launch([case for case in two if with_slow or case["name"] in QUICK], 2)
+    one = []
+    for mask in MASKS:
         one.append({"name": f"{mask}-one", "flags": runs.flags(f"{mask}-one", mask, 8)})
         accumulated = runs.flags(f"{mask}-accumulated", mask, 4, "--accum_iter", 2)
         one.append({"name": f"{mask}-accumulated", "flags": accumulated})
@@ -167,7 +169,7 @@ def runs(tmp_path_factory, request) -> Runs:
         one.append(
             {"name": "alone-zero3", "flags": runs.flags("alone-zero3", "tube", 8, *zero(3))}
         )  # last: makes a group
-    runs.launch(one, 1)
+    runs.launch([case for case in one if with_slow or case["name"] in QUICK], 1)
     return runs
 
 
@@ -185,10 +187,9 @@ SAMPLER_VALUES = ("value_loss", "entropy", "value", "sampler_grad_norm")
 @pytest.mark.parametrize(
     "name, reference",
     [
-        ("accumulated", "one"),
         ("rollouts2", "rollouts1"),
         ("ddp", "one"),
-        *(pytest.param(name, "one", marks=slow) for name in ("zero0", "zero2", "zero3")),
+        *(pytest.param(name, "one", marks=slow) for name in ("accumulated", "zero0", "zero2", "zero3")),
     ],
 )
 def test_normalised_advantages_do_not_depend_on_how_the_batch_is_shared_out(runs, name, reference):
@@ -206,7 +207,10 @@ def test_normalised_advantages_do_not_depend_on_how_the_batch_is_shared_out(runs
     assert abs(logs[1][0]["train_policy_loss"]) < 1e-5 or reference != "one"  # the mean is 0 over the step
 
 
-@pytest.mark.parametrize("name, reference", [("ddp", "one"), ("zero2", "one"), ("rollouts2", "rollouts1")])
+@pytest.mark.parametrize(
+    "name, reference",
+    [("ddp", "one"), *(pytest.param(*pair, marks=slow) for pair in (("zero2", "one"), ("rollouts2", "rollouts1")))],
+)
 def test_listwise_does_not_depend_on_how_the_batch_is_shared_out(runs, name, reference):
     logs = [runs.log(f"listwise-start0-{run}") for run in (name, reference)]
     for record, expected in zip(*logs, strict=True):
@@ -227,7 +231,7 @@ def test_ranks_have_random_states_of_their_own(runs, name):
     assert first["python"] != second["python"] and first["numpy"] != second["numpy"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@at_every_stage
 @tats_and_slowly_the_others
 def test_zero_follows_ddp(runs, mask, stage):
     assert runs.losses(f"{mask}-zero{stage}") == pytest.approx(runs.losses(f"{mask}-ddp"), rel=TOLERANCE)
@@ -244,12 +248,14 @@ def test_offload_follows_ddp(runs):
     assert runs.losses("offload") == pytest.approx(runs.losses("tube-ddp"), rel=TOLERANCE)
 
 
+@slow
 def test_bf16_under_zero_follows_bf16_under_ddp(runs):
     """Gradients cross the network in bf16 there."""
     assert runs.losses("bf16-zero2") == pytest.approx(runs.losses("bf16-ddp"), rel=2e-3)
     assert runs.losses("bf16-ddp") != runs.losses("tube-ddp")
 
 
+@slow
 def test_rollouts_and_passes_follow_ddp(runs):
     """Several steps of TATS's engine between two of the autoencoder's."""
     assert runs.losses("rollouts-start0-zero2") == pytest.approx(runs.losses("rollouts-start0-ddp"), rel=TOLERANCE)
@@ -269,7 +275,7 @@ def test_stopped_in_mid_epoch_all_processes_save_the_same_step_and_go_on(runs, b
         }
 
 
-@pytest.mark.parametrize("name", ["zero3-to-ddp", "ddp-to-zero2"])
+@pytest.mark.parametrize("name", ["zero3-to-ddp", pytest.param("ddp-to-zero2", marks=slow)])
 def test_a_run_goes_on_under_another_backend(runs, name):
     assert runs.results[name]["ends"][0][1] == "finished"
     assert runs.losses(name) == pytest.approx(runs.losses("tats-ddp"), rel=TOLERANCE)
@@ -306,7 +312,7 @@ def states(runs, *names):
     return [torch.load(runs.folder / name / "checkpoint-1.pth", weights_only=True) for name in names]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@at_every_stage
 def test_checkpoints_are_the_same_whatever_the_backend(runs, stage):
     """Names, shapes, dtypes and Adam's moments, whole."""
     ours, plain = states(runs, f"tats-zero{stage}", "tats-ddp")
