@@ -1,5 +1,6 @@
 """The comparison of runs: numbers against closed forms, runs put together, what it refuses and what it names."""
 
+import contextlib
 import csv
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import matplotlib.image
 import numpy as np
@@ -81,10 +83,12 @@ def campaign(tmp_path):
     return root
 
 
-def compare(tmp_path, *arguments):
-    """Runs the tool; returns table.md, and the rows of table.csv and runs.csv."""
+def compare(tmp_path, *arguments, pictures=False):
+    """Runs the tool; returns table.md, and the rows of table.csv and runs.csv. pictures: whether they are drawn, which
+    takes longer than all the rest."""
     output = tmp_path / "out"
-    compare_runs.main([str(argument) for argument in (*arguments, "--output", output)])
+    with contextlib.nullcontext() if pictures else mock.patch.object(compare_runs, "write_pictures"):
+        compare_runs.main([str(argument) for argument in (*arguments, "--output", output)])
     table, runs = (list(csv.DictReader(open(output / name, newline=""))) for name in ("table.csv", "runs.csv"))
     return (output / "table.md").read_text(), table, runs
 
@@ -475,7 +479,7 @@ def test_relative_paths_of_two_machines_are_not_mixed_up(tmp_path, monkeypatch):
 
 
 def test_pictures_are_drawn(tmp_path, campaign):
-    compare(tmp_path, campaign, "--title", "Small")
+    compare(tmp_path, campaign, "--title", "Small", pictures=True)
     for name in ("curves.png", "accuracy.png"):
         pixels = matplotlib.image.imread(tmp_path / "out" / name)
         assert pixels[..., :3].std() > 0.01 and min(pixels.shape[:2]) > 300
@@ -489,7 +493,7 @@ def test_panels_hold_means_and_bands_of_the_seeds(tmp_path, campaign, monkeypatc
     monkeypatch.setattr(
         compare_pictures, "finish", lambda figure, path, handles: figures.update({path.stem: (figure, list(handles))})
     )
-    compare(tmp_path, campaign)
+    compare(tmp_path, campaign, pictures=True)
     figure, names = figures["curves"]
     loss, lift, entropy, accuracy, *_ = panels = figure.axes
     titles = [axes.get_title() for axes in panels if axes.has_data()]
@@ -517,7 +521,7 @@ def test_the_map_has_a_cell_for_each_data_set_and_ratio(tmp_path, monkeypatch):
                 name, flags = f"{data}{ratio}{method}{seed}", ("--data_path", f"data/{data}", "--seed", str(seed))
                 source = pretrain(tmp_path, name, "--mask_type", method, "--mask_ratio", ratio, *flags)
                 finetune(tmp_path, f"{name}_ft", source, *flags, acc1=acc1, videos=10_000)
-    compare(tmp_path, tmp_path, "--baseline", "tube")
+    compare(tmp_path, tmp_path, "--baseline", "tube", pictures=True)
     (axes,) = (axes for axes in figures["map"].axes if axes.has_data())  # the baseline has no panel
     assert axes.get_title() == "random"
     texts = {(text.get_position()[::-1], text.get_weight()): text.get_text().split("\n")[0] for text in axes.texts}
@@ -532,7 +536,7 @@ def test_panels_without_data_are_left_out(tmp_path):
     finetune(tmp_path, "fresh", None, "--disable_eval_during_finetuning")
     log = tmp_path / "fresh" / "log.txt"
     log.write_text(log.read_text().replace("val_acc1", "other"))
-    compare(tmp_path, tmp_path)
+    compare(tmp_path, tmp_path, pictures=True)
     assert not (tmp_path / "out" / "curves.png").exists() and (tmp_path / "out" / "accuracy.png").stat().st_size > 0
 
 
