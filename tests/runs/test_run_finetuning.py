@@ -121,6 +121,7 @@ def test_eval_alone_repeats_the_test(labelled, finetuned, tmp_path):
     assert np.array_equal(scores(tmp_path / "bare"), scores(tmp_path / "raw"))
 
 
+@pytest.mark.slow  # processes of their own; tests/runs/test_distributed.py has two
 def test_processes_and_workers_change_nothing(labelled, finetuned, tmp_path):
     folder, _ = finetuned
     flags = ["--eval", "--finetune", folder / "checkpoint-best.pth", "--output_dir"]
@@ -151,6 +152,7 @@ def test_finished_run_does_nothing_and_an_interrupted_test_is_done_again(labelle
     assert np.allclose(scores(folder), reference, atol=1e-6)  # another test may have left those of other batches
 
 
+@pytest.mark.slow  # tests/runs/test_preemption.py resumes in one process
 def test_resume_after_kill_gives_the_undisturbed_run(labelled, tmp_path):
     flags = ["--epochs", 5, "--save_ckpt_freq", 2, "--num_workers", 1, "--drop_path", 0.2, "--drop", 0.1, "--model_ema",
              "--model_ema_decay", 0.9, "--accum_iter", 2]  # fmt: skip
@@ -215,6 +217,7 @@ def test_two_processes_and_accumulation_follow_one_process(labelled, tmp_path):
     assert np.allclose(scores(tmp_path / "two"), scores(tmp_path / "one"), atol=1e-4)
 
 
+@pytest.mark.slow  # processes of their own; tests/runs/test_distributed.py has two
 def test_processes_that_see_different_files_stop(labelled, tmp_path):
     """On disks of their own one process would resume and the other start anew, and their gradients be averaged."""
     run_here(labelled, "--epochs", 1, "--output_dir", tmp_path / "rank0")

@@ -152,7 +152,8 @@ def test_finished_run_does_nothing_and_truncated_newest_checkpoint_is_passed_ove
     assert_names(output, "resumed", tmp_path / "checkpoint-0.pth")
 
 
-@tats_and_slowly_the_others
+@pytest.mark.slow  # tests/runs/test_distributed.py has two processes too
+@pytest.mark.parametrize("mask_type", ["tats", "tube", "adamae"])
 def test_two_processes_and_accumulation_follow_one_process(mask_type, shapes, tmp_path):
     """Masks and crops belong to the clip, not to the process, so the global batch is the same. AdaMAE's sampler has
     dropout, whose draws do depend on the process: its losses agree only loosely."""
