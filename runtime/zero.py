@@ -303,4 +303,6 @@ def import_deepspeed():
         raise ImportError(f"--enable_deepspeed needs the package deepspeed ({error}): pip install deepspeed") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names DeepSpeed still uses
+    # on a CPU it would compile all-reduce over shared memory first, for more than a minute: gloo's serves
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
