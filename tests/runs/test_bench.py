@@ -105,6 +105,7 @@ def test_peak_growth_is_the_largest_sum_alive_at_once(run_here):
     assert 128e6 < peak_growth(call, torch.device("cpu")) < 150e6
 
 
+@pytest.mark.slow
 def test_step_times_every_mask_type_beside_transformers():
     ((header, rows),) = run(f"{SMALL_STEP} --skip_memory")
     assert_names(header, 0.75, 2)

@@ -139,14 +139,16 @@ def test_processes_and_workers_change_nothing(labelled, finetuned, tmp_path):
         assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
 
 
-def test_finished_run_does_nothing_and_an_interrupted_test_is_done_again(labelled, finetuned):
+def test_finished_run_does_nothing_and_an_interrupted_test_is_done_again(labelled, finetuned, capsys):
     folder, _ = finetuned
     flags = ["--epochs", 3, "--model_ema", "--model_ema_decay", 0.5, "--output_dir", folder]
-    assert_names(run(labelled, *flags), "nothing", folder / "test.json")
+    run_here(labelled, *flags)
+    assert_names(capsys.readouterr().out, "nothing", folder / "test.json")
     reference = scores(folder)
     (folder / "test.json").unlink()
     (folder / "scores.npz").unlink()
-    output = run(labelled, *flags)
+    run_here(labelled, *flags)
+    output = capsys.readouterr().out
     assert_names(output, "resumed", folder / "checkpoint-2.pth")
     assert "top-1" in output
     assert np.allclose(scores(folder), reference, atol=1e-6)  # another test may have left those of other batches

@@ -44,6 +44,13 @@ def test_table1_is_every_method_at_every_ratio_with_every_seed():
     }
 
 
+def test_the_map_is_every_method_at_every_size_and_ratio_with_every_seed():
+    found = units(COMPARE / "map.sh", DATA_PATH="shapes", METHODS="random motion", SEEDS="0 1")
+    expected = [(method, ratio, seed) for ratio in ("0.75", "0.85", "0.95") for method in ("random", "motion")
+                for seed in "01"]  # fmt: skip
+    assert sorted(tuple(words[1:]) for words in found) == sorted(2 * expected)  # two sizes
+
+
 @pytest.mark.parametrize("path", sorted(ABLATIONS.glob("*.sh")), ids=lambda p: p.stem)
 def test_ablations_have_the_papers_rows_and_flags_that_exist(path):
     rows = set()
@@ -76,12 +83,17 @@ def test_settings_that_make_no_sense_are_said(environment, parts, tmp_path):
     assert_names(result.stderr, "error: ", "TO_SET")
 
 
+def small_sweep(shapes: Path, out: Path) -> dict[str, str]:
+    """Variables of one small unit."""
+    return dict(DATA_PATH=str(shapes), OUTPUT_DIR=str(out), METHODS="random", SEEDS="0", PRETRAIN_EPOCHS="2",
+                EVALUATIONS="linear_probe", PROBE_EPOCHS="1", TATS_START_EPOCH="1", NUM_WORKERS="0", JOBS="1",
+                BATCH_SIZE="4", OMP_NUM_THREADS="1", MEASURE="")  # fmt: skip
+
+
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     shapes = write_dataset(tmp_path / "shapes", train=20, val=20, size=32, frames=16)
     out = tmp_path / "out"
-    environment = dict(DATA_PATH=str(shapes), OUTPUT_DIR=str(out), METHODS="random", SEEDS="0", PRETRAIN_EPOCHS="2",
-                       EVALUATIONS="linear_probe", PROBE_EPOCHS="1", TATS_START_EPOCH="1", NUM_WORKERS="0", JOBS="1",
-                       BATCH_SIZE="4", OMP_NUM_THREADS="1", MEASURE="")  # fmt: skip
+    environment = small_sweep(shapes, out)
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     process = subprocess.Popen(["bash", str(COMPARE / "embedded.sh")], env=os.environ | environment, **quiet)
     first = out / "random-ratio0.85-seed0/pretrain/checkpoint-1.pth"
@@ -106,10 +118,12 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     result = sweep(COMPARE / "embedded.sh", **environment | dict(SEEDS="1", METHODS="random", PRETRAIN_EXTRA="--lr -1"))
     assert result.returncode == 1
     assert_names(result.stdout, "random-ratio0.85-seed1", "status 1")
-    # a job of a Slurm array is one unit, and writes no table
-    job = environment | dict(
-        SLURM_ARRAY_TASK_ID="1", METHODS="random tats", OUTPUT_DIR=str(tmp_path / "array"), EVALUATIONS=""
-    )
+
+
+@pytest.mark.slow
+def test_a_job_of_a_slurm_array_is_one_unit_and_writes_no_table(tmp_path):
+    shapes = write_dataset(tmp_path / "shapes", train=20, val=20, size=32, frames=16)
+    job = small_sweep(shapes, tmp_path / "array") | dict(SLURM_ARRAY_TASK_ID="1", METHODS="random tats", EVALUATIONS="")
     result = sweep(COMPARE / "embedded.sh", **job)
     assert result.returncode == 0, result.stderr
     assert [path.name for path in (tmp_path / "array").iterdir()] == ["tats-ratio0.85-seed0"]
