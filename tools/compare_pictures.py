@@ -80,6 +80,9 @@ def draw_accuracies(
             axes.errorbar(place + 0.12, mean, half, fmt="_", color=color, capsize=5, markersize=14)
         axes.set_xticks(range(len(shown)), [wrap(labels[index]) for index, _ in shown], rotation=30, ha="right")
         axes.set(title=f"{kind}: test {TITLES[task.metric]}", xlim=(-0.5, len(shown) - 0.5))
+        if "(%)" in TITLES[task.metric]:  # two seeds may leave more than there is
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -2), min(high, 102))
         axes.grid(axis="y", alpha=0.3)
     finish(figure, path, {})
 

@@ -212,11 +212,15 @@ def find_baseline(row: Row, rows: list[Row], by: tuple[str, ...], value: str) ->
     """The row of the baseline that a row is compared with, or None: the one with equal other flags, as far as the
     baseline's method reads them."""
     place = by.index("mask_type") if "mask_type" in by else 0
+    fitting = []
     for other in rows:
         rest = [(a, b) for i, (a, b) in enumerate(zip(row.by, other.by, strict=True)) if i != place]
-        fits = other.scratch or (other.source == row.source and all(b in (a, UNREAD) for a, b in rest))
+        alike = other.source == row.source and all(b in (a, UNREAD) for a, b in rest)
+        fits = other.scratch or row.scratch or alike
         if is_value(other.by[place], value) and fits and other.target == row.target and other.runs:
-            return other
+            fitting.append(other)
+    if fitting and (len(fitting) == 1 or not row.scratch):  # scratch has no flags that would choose one of several
+        return fitting[0]
     return None
 
 

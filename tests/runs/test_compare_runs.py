@@ -213,6 +213,18 @@ def test_scratch_can_be_the_baseline(tmp_path, campaign):
     assert float(tats["fine_tuning_minus_baseline_difference"]) == pytest.approx((60 - 25 + 61 - 31) / 2)
 
 
+def test_scratch_is_compared_with_a_baseline_that_is_one(tmp_path):
+    for seed in range(2):
+        source = pretrain(tmp_path, f"tube{seed}", "--seed", str(seed))
+        finetune(tmp_path, f"tube{seed}_ft", source, "--seed", str(seed), acc1=80.0 + seed)
+        finetune(tmp_path, f"fresh{seed}", None, "--seed", str(seed), acc1=30.0)
+    _, table, _ = compare(tmp_path, tmp_path, "--baseline", "tube")
+    assert float(row_of(table, mask_type="scratch")["fine_tuning_minus_baseline_difference"]) == -50.5
+    finetune(tmp_path, "tube_90_ft", pretrain(tmp_path, "tube_90", "--mask_ratio", "0.9"))
+    _, table, _ = compare(tmp_path, tmp_path, "--baseline", "tube")  # of two ratios: which?
+    assert row_of(table, mask_type="scratch")["fine_tuning_minus_baseline_difference"] == ""
+
+
 def test_a_difference_is_decided_or_said_not_to_be(tmp_path):
     """Normal quantiles and Student's t by hand: differences 20, 21, 22 in three seeds, 1000 videos; then 4 videos."""
     for videos, verdict in ((1000, "ahead"), (4, "not decided")):
