@@ -341,7 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
         written, unreadable = draw_videos(*parse_flags(arguments))
         for path in written:
             print(f"wrote {path}")
-    except (UsageError, ListError, VideoError, CheckpointError) as error:
+    except (UsageError, ListError, VideoError) as error:
         sys.exit(f"error: {error}")
     if unreadable:
         sys.exit(1)

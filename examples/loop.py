@@ -4,6 +4,7 @@ tokens_of(pixels) -> the embedded tokens of all N places, without positions, [B,
 error_of(pixels, mask, tokens) -> the error of each masked token, float32 [B, N_m], with the graph of the prediction
 """
 
+import argparse
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -13,6 +14,18 @@ from torch import Tensor, nn
 import ppo
 from datasets.moving_shapes import KINDS, render_clip
 from masking_generator import LearnedSampler, Mask, RandomMask, motion_energy, motion_lift, texture_energy
+
+
+def parse_args(description: str, batch_size: int, arguments: list[str] | None) -> argparse.Namespace:
+    """The flags of an example; seeds torch."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", default=200, type=int, help="optimizer steps (default 200)")
+    parser.add_argument("--warmup", default=100, type=int, help="steps of random masks before TATS (default 100)")
+    parser.add_argument("--batch_size", default=batch_size, type=int, help=f"clips per step (default {batch_size})")
+    parser.add_argument("--seed", default=0, type=int, help="of weights and clips (default 0)")
+    args = parser.parse_args(arguments)
+    torch.manual_seed(args.seed)
+    return args
 
 
 def shapes(batch_size: int, frames: int, size: int, seed: int, num_clips: int = 320) -> Iterator[Tensor]:

@@ -4,7 +4,6 @@ Both start from scratch on pictures of shapes. This shows the wiring and takes a
 find: the lift printed is that of the texture of the visible tokens.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from examples.loop import shapes, train
+from examples.loop import parse_args, shapes, train
 from masking_generator import Mask, gather_tokens
 from modeling_pretrain import reconstruction_target, token_error
 from modeling_tats import TATS
@@ -66,13 +65,7 @@ def build() -> tuple[ImageMAE, TATS]:
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", default=200, type=int, help="optimizer steps (default 200)")
-    parser.add_argument("--warmup", default=100, type=int, help="steps of random masks before TATS (default 100)")
-    parser.add_argument("--batch_size", default=32, type=int, help="pictures per step (default 32)")
-    parser.add_argument("--seed", default=0, type=int, help="of weights and pictures (default 0)")
-    args = parser.parse_args(arguments)
-    torch.manual_seed(args.seed)
+    args = parse_args(__doc__, 32, arguments)
     model, sampler = build()
     batches = shapes(args.batch_size, 1, model.vit.patch_embed.img_size[0], args.seed)
     return train(model, sampler, model.tokens_of, model.error_of, batches, MASK_RATIO, args.steps, args.warmup)

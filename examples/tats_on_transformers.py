@@ -4,7 +4,6 @@ Both start from scratch on moving shapes. This shows the wiring and takes about 
 train until the loss is clearly below 1 first (make demo).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from datasets.transforms import mean_and_std
-from examples.loop import shapes, train
+from examples.loop import parse_args, shapes, train
 from masking_generator import Mask
 from modeling_pretrain import reconstruction_target, token_error
 from modeling_tats import TATS
@@ -59,13 +58,7 @@ class Errors:
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", default=200, type=int, help="optimizer steps (default 200)")
-    parser.add_argument("--warmup", default=100, type=int, help="steps of random masks before TATS (default 100)")
-    parser.add_argument("--batch_size", default=16, type=int, help="clips per step (default 16)")
-    parser.add_argument("--seed", default=0, type=int, help="of weights and clips (default 0)")
-    args = parser.parse_args(arguments)
-    torch.manual_seed(args.seed)
+    args = parse_args(__doc__, 16, arguments)
     model, sampler = build()
     errors = Errors(model, sampler.grid)
     batches = shapes(args.batch_size, model.config.num_frames, model.config.image_size, args.seed)

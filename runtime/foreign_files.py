@@ -14,8 +14,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from utils import UsageError
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(UsageError):
     """Names the file and what is wrong with it."""
 
 

@@ -13,7 +13,6 @@ import torch
 
 from datasets.decoding import VideoError
 from datasets.lists import ListError
-from runtime.checkpoint import CheckpointError
 from runtime.preemption import EXIT_STATUS, SIGNALS, Preempted, set_handlers
 from utils import UsageError, is_main_process, log, tolerant_output
 
@@ -40,7 +39,7 @@ def run_script(train: Callable, args) -> None:
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         train(args)
-    except (UsageError, ListError, VideoError, CheckpointError) as error:
+    except (UsageError, ListError, VideoError) as error:
         # an error from a loader process comes with that process's traceback around it
         sys.exit(f"error: {str(error).rsplit('VideoError: ', 1)[-1].strip()}")
     except (EOFError, ConnectionError) as error:  # it died while it handed over a batch

@@ -161,7 +161,7 @@ def _set_aside_later(args, found: tuple[Path, dict] | None) -> None:
 
 def save(args, output: Path, state: dict, epoch: int, where: dict | None = None, must: bool = False) -> bool:
     """Writes checkpoint-N.pth, or checkpoint-N-stepS.pth in mid-epoch, and deletes what it replaces; every process has
-    to call it. Returns whether it was written: a full disk is a warning, and training goes on.
+    to call it. Returns whether it was written: a full disk is a warning, and training continues.
 
     must: raise UsageError instead. Weights that are not finite are one in any case: a checkpoint of them is worse than
     the one before.

@@ -127,8 +127,8 @@ class DeepSpeedBackend(Backend):
     """The same under DeepSpeed: what ZeRO (Rajbhandari 2020) spreads over the processes is decided by config.
 
     ZeRO stage 0 spreads nothing, 1 the optimizer's state, 2 also the gradients, 3 also the weights. Checkpoints are
-    those of Backend: whole float32 weights and Adam's whole state, so that any backend and any number of processes
-    goes on from them. (DeepSpeed's own are folders of pickles that fit one number of processes.)
+    those of Backend: whole float32 weights and Adam's whole state, which any backend and any number of processes
+    can resume. (DeepSpeed's own are folders of pickles that fit one number of processes.)
 
     groups: parameter groups; config: see deepspeed_config; keep_replica: whether replica() will be asked for.
     Raises: ImportError without deepspeed, or where its Adam cannot be compiled.

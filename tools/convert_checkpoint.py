@@ -321,16 +321,13 @@ def convert(flags: argparse.Namespace) -> None:
         raise UsageError(f"--output {output}: exists; choose another name, or delete it")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"--output {output}: there is no folder {output.absolute().parent}")
-    try:
-        checkpoint = read_checkpoint(flags, flags.overrides)
-        if output.suffix == ".pth":
-            write_checkpoint(output, checkpoint, flags.layout)
-        elif flags.layout != "videomae":
-            raise UsageError(f"--layout {flags.layout}: is for an --output that ends in .pth")
-        else:
-            write_folder(output, checkpoint, Path(flags.run) if flags.run else checkpoint.path.parent)
-    except CheckpointError as error:
-        raise UsageError(str(error)) from error
+    checkpoint = read_checkpoint(flags, flags.overrides)
+    if output.suffix == ".pth":
+        write_checkpoint(output, checkpoint, flags.layout)
+    elif flags.layout != "videomae":
+        raise UsageError(f"--layout {flags.layout}: is for an --output that ends in .pth")
+    else:
+        write_folder(output, checkpoint, Path(flags.run) if flags.run else checkpoint.path.parent)
 
 
 def get_parser() -> argparse.ArgumentParser:

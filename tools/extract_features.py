@@ -50,7 +50,6 @@ from datasets.transforms import spatial_crops
 from datasets.video import view_indices
 from engine_for_finetuning import store_features
 from run_class_finetuning import build_recipe, check_flags, load_finetune
-from runtime.checkpoint import CheckpointError
 from runtime.convert import encoder_weights
 from runtime.flags import resolve_amp
 from tools.common import LOG_SECONDS, Formatter, replacing, run_tool, write_text
@@ -378,10 +377,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     args = get_parser().parse_args(arguments)
-    try:
-        run_tool(extract, args)
-    except CheckpointError as error:
-        sys.exit(f"error: {error}")
+    run_tool(extract, args)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from datasets.lists import read_list
 from masking_generator import Mask, RandomMask, motion_energy
 from modeling_pretrain import reconstruction_target, token_error
 from run_mae_vis import Trained, middle_frames, read_clip
-from runtime.checkpoint import CheckpointError, checkpoint_files
+from runtime.checkpoint import checkpoint_files
 from runtime.knn import knn_votes, standardized
 from tools.common import Formatter, run_tool, write_text
 from tools.run_folders import MEASURES
@@ -238,10 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = get_parser().parse_args(arguments)
     if not 0 < args.mask_ratio < 1:
         sys.exit(f"error: --mask_ratio {args.mask_ratio}: must be between 0 and 1")
-    try:
-        run_tool(measure_runs, args)
-    except CheckpointError as error:
-        sys.exit(f"error: {error}")
+    run_tool(measure_runs, args)
 
 
 if __name__ == "__main__":

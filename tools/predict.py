@@ -136,10 +136,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     args = get_parser().parse_args(arguments)
-    try:
-        run_tool(predict_videos, args)
-    except CheckpointError as error:
-        sys.exit(f"error: {error}")
+    run_tool(predict_videos, args)
 
 
 if __name__ == "__main__":

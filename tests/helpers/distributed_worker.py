@@ -2,7 +2,7 @@
 happened. python -m torch.distributed.run --nproc_per_node 2 tests/helpers/distributed_worker.py CASES.json RESULT.json
 
 A case: {"name", "flags": [...], "finetunes": true for run_class_finetuning.py, "stop_at": step at which the last
-process gets SIGTERM, "then": flags of the run that goes on, "nan_at": steps at which its error is not a number}.
+process gets SIGTERM, "then": flags of the run that resumes, "nan_at": steps at which its error is not a number}.
 """
 
 import json

@@ -91,7 +91,7 @@ class Runs:
                 port = s.getsockname()[1]
             command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
         command += [str(ROOT / "tests/helpers/distributed_worker.py"), str(cases_file), str(result)]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(self.folder / "compiled")}
         run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
         self.results |= json.loads(result.read_text())
@@ -342,6 +342,11 @@ def test_a_checkpoint_of_zero_3_is_fine_tuned_in_one_process(runs, tmp_path, cap
     ])  # fmt: skip
     assert_names(capsys.readouterr().out, checkpoint, "fc_norm.* (2)")
     assert (tmp_path / "test.json").exists()
+
+
+def test_deepspeed_compiles_no_all_reduce_first(runs):
+    """More than a minute on a CPU, and an error without a compiler."""
+    assert not (runs.folder / "compiled" / "deepspeed_shm_comm").exists()
 
 
 def test_the_configuration_is_in_the_output_folder(runs):
