@@ -4,6 +4,8 @@ Class names, constructor arguments and state-dict names are VideoMAE's.
 Shapes: B clips, N tokens of which N_v visible and N_m masked, D encoder width, P = tubelet * p * p * 3 values a token.
 """
 
+import math
+
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
@@ -240,9 +242,17 @@ def unpatchify(patches: Tensor, grid: tuple[int, int, int], size: tuple[int, int
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """Each colour channel of each token [..., k, C] to mean 0 and (unbiased) deviation 1, as VideoMAE's target."""
-    variance, mean = torch.var_mean(patches, dim=-2, keepdim=True)
-    return (patches - mean).div_(variance.sqrt() + 1e-6)
+    """Each colour channel of each token to mean 0 and (unbiased) deviation 1, as VideoMAE's target.
+
+    patches [..., k, C], float in [0, 1] or uint8 (then the result is float32). The deviation is damped by 1e-6 of white.
+    """
+    white, dtype = (255, torch.float32) if patches.dtype == torch.uint8 else (1, patches.dtype)
+    # a copy [..., C, k]: sums over the last dimension are the fast ones
+    values = patches.transpose(-1, -2).to(dtype, memory_format=torch.contiguous_format, copy=True)
+    count = values.shape[-1]
+    values -= values.sum(dim=-1, keepdim=True) / count  # of integers exact: a patch of one colour is 0
+    deviation = torch.linalg.vector_norm(values, dim=-1, keepdim=True) / math.sqrt(count - 1)
+    return values.div_(deviation + 1e-6 * white).transpose(-1, -2)
 
 
 @torch.no_grad()
@@ -253,9 +263,11 @@ def reconstruction_target(pixels: Tensor, mask: Mask, grid: tuple[int, int, int]
     """
     patches = patchify(pixels, grid)
     patches = gather_tokens(patches.flatten(2), mask.masked).unflatten(-1, patches.shape[2:])
-    if patches.dtype == torch.uint8:
+    if normalize:
+        patches = normalize_patches(patches)
+    elif patches.dtype == torch.uint8:
         patches = patches.float().div_(255)
-    return (normalize_patches(patches) if normalize else patches).flatten(2)
+    return patches.flatten(2)
 
 
 def token_error(prediction: Tensor, target: Tensor, loss: str) -> Tensor:

@@ -10,7 +10,14 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVide
 
 from masking_generator import Mask, gather_tokens
 from modeling_finetune import Attention, PatchEmbed, VisionTransformer, get_sinusoid_encoding_table
-from modeling_pretrain import PretrainVisionTransformer, patchify, reconstruction_target, token_error, unpatchify
+from modeling_pretrain import (
+    PretrainVisionTransformer,
+    normalize_patches,
+    patchify,
+    reconstruction_target,
+    token_error,
+    unpatchify,
+)
 from runtime.convert import load_weights, model_weights
 from tests.helpers import reference
 from tests.helpers.models import FRAMES, GRID, NORM, PATCH, SIZE, make_input, make_mae, randomize
@@ -130,6 +137,21 @@ def test_targets_of_low_contrast_patches_are_damped_by_1e_6():
         target = reconstruction_target(0.5 + contrast * pattern, mask, (1, 1, 1), True)
         s = contrast * math.sqrt(0.25 * 128 / 127)
         assert target.std().item() == pytest.approx(s / (s + 1e-6), rel=0.01)
+
+
+@pytest.mark.parametrize("patch", [2, 14, 16])
+def test_targets_of_uint8_patches(patch):
+    """Of one colour, whichever: exactly 0. One value off by a grey level: as in float64. The input is not changed."""
+    grey = torch.arange(256, dtype=torch.uint8).view(1, 256, 1, 1).expand(1, 256, 2 * patch * patch, 3)
+    assert torch.count_nonzero(normalize_patches(grey)) == 0
+    single = torch.randint(0, 256, (2, 5, 2 * patch * patch, 1), dtype=torch.uint8)
+    for patches in (single, single.double() / 255, single.expand(-1, -1, -1, 3).clone().bitwise_xor(1)):
+        before = patches.clone()
+        target = normalize_patches(patches)
+        exact = before.double() / (255 if before.dtype == torch.uint8 else 1)
+        exact = (exact - exact.mean(2, keepdim=True)) / (exact.std(2, keepdim=True) + 1e-6)
+        assert torch.equal(patches, before)
+        torch.testing.assert_close(target.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("grid, size", [((2, 3, 2), (4, 6, 8)), ((1, 1, 4), (2, 3, 8)), ((3, 2, 1), (3, 4, 5))])
