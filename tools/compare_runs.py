@@ -12,7 +12,8 @@ lists were pre-trained or fine-tuned on, the rows tell them apart.
 A cell is the mean over seeds and half the width of its 95 % interval (Student's t). With --baseline, the top-1 of
 equal seeds are compared by a paired t test: "ahead" or "behind" where the interval of the difference, over seeds and
 with the error of the test set, excludes 0; else "not decided", with the smallest difference that so many seeds find
-with a power of 80 %. "mean val" is the mean validation top-1 over the epochs of a fine-tuning: how fast it learns.
+with a power of 80 %; so are the mean validation top-1 over the epochs of a fine-tuning ("mean val": how fast it learns), and
+motion_auc of tools/measure.py (does the frozen encoder tell what moves?), where it was made.
 With --level 30, "epochs to 30 %" is how long it takes to reach that validation top-1; where a run never does, the mean
 is a lower bound, shown with >. Measures of tools/measure.py are shown where they were made. Flags that differ beside
 --by and the seed are named under the table, and so are runs that are left out.
@@ -60,6 +61,7 @@ METRICS = {
     "entropy": "entropy / log N",
     "explained_variance": "explained variance",
 }
+FEATURES = "motion_auc"  # the measure of tools/measure.py that is compared with the baseline's: seeds differ least in it
 ORDER = (*SAMPLERS, SCRATCH)  # of the rows
 WARNING = (
     "Reconstruction errors are means over the masked tokens: under different masks they are errors of different "
@@ -188,7 +190,7 @@ def videos_of_test(runs: list[Run], metric: str) -> int | None:
     or for other metrics."""
     if not metric.startswith("acc"):
         return None
-    return min((run.test["videos"] for run in runs if run.test.get("videos")), default=None)
+    return min((run.test["videos"] for run in runs if run.test and run.test.get("videos")), default=None)
 
 
 def task_of_runs(runs: list[Run]) -> Task:
@@ -316,6 +318,10 @@ def summarise(
     for name in dict.fromkeys(name for run in first for name in run.measures if name != "mask_ratio"):
         values = [run.measures.get(name) for run in first]
         cells.estimate(name.replace("_", " "), name, values, 3 if "error" in name or "auc" in name else 1, num_runs)
+    if baseline and any(FEATURES in run.measures for run in first):
+        result = compared(row, base, PRETRAINING, lambda run: run.measures.get(FEATURES)) if base else None
+        heading = f"{FEATURES.replace('_', ' ')} - {baseline}'s"
+        add_paired(cells, heading, f"{FEATURES}_minus_baseline", result, digits=3)
     for kind in kinds:
         runs = row.runs.get(kind, [])
         name = kind.replace("-", "_").replace(" ", "_")
@@ -340,7 +346,9 @@ def summarise(
     return cells
 
 
-def add_paired(cells: Cells, heading: str, name: str, result: Paired | None, least: bool = False) -> None:
+def add_paired(
+    cells: Cells, heading: str, name: str, result: Paired | None, least: bool = False, digits: int = 2
+) -> None:
     """The cell of what `compared` returned, with its verdict. least: whether less is better."""
     if result is None:
         parts = ("difference", "low", "high", "p", "pairs", "test_error", "detectable", "verdict")
@@ -348,11 +356,12 @@ def add_paired(cells: Cells, heading: str, name: str, result: Paired | None, lea
         return
     low, high = result.difference - result.half, result.difference + result.half
     verdict = result.verdict(least)
-    text = f"{result.difference:+.2f} ({low:.2f} to {high:.2f}"
+    text = f"{result.difference:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f}"
     text += f"; p {'-' if result.p is None else f'{result.p:.2g}'}, {result.pairs} pairs"
-    text += f"; test set ± {result.test_error:.1f}): {verdict}"
+    text += f"; test set ± {result.test_error:.1f})" if result.test_error else ")"
+    text += f": {verdict}"
     if verdict == UNDECIDED:
-        text += f", {result.detectable:.1f} would be found"
+        text += f", {result.detectable:.{digits - 1}f} would be found"
     cells.add(
         heading, name, text, difference=result.difference, low=low, high=high, p=result.p, pairs=result.pairs,
         test_error=result.test_error, detectable=result.detectable, verdict=verdict,

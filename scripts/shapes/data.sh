@@ -21,7 +21,7 @@ write_shapes() {
     mkdir -p "$(dirname "$1")"
     new=$(mktemp -d "$1.XXXXXX")
     # shellcheck disable=SC2086  # the flags are several words
-    "$PYTHON" "$writer" --output "$new" --train 3000 --val 2000 --size "$INPUT_SIZE" ${SHAPES_FLAGS:-} >&2
+    "$PYTHON" "$writer" --output "$new" --train 3000 --val 1000 --size "$INPUT_SIZE" ${SHAPES_FLAGS:-} >&2
     mv -T "$new" "$1" 2>/dev/null || rm -rf "$new" # another was first
 }
 

@@ -291,6 +291,25 @@ def test_measures_and_the_learning_curve_have_columns(tmp_path):
     assert cell_of(text, "tube", "fine-tuning epochs to 49.5 %") == "> 2.75"
 
 
+def test_frozen_features_are_compared_seed_by_seed(tmp_path):
+    auc = {"tube": (0.66, 0.70, 0.67), "random": (0.93, 0.92, 0.93), "motion": (0.91, None, None)}
+    for mask, values in auc.items():
+        for seed, value in enumerate(values):
+            source = pretrain(tmp_path, f"{mask}{seed}", "--mask_type", mask, "--seed", str(seed))
+            if value is not None:
+                (source / "measures.json").write_text(json.dumps({"motion_auc": value}))
+    text, table, _ = compare(tmp_path, tmp_path, "--baseline", "random")
+    row = row_of(table, mask_type="tube")
+    differences = np.array([-0.27, -0.22, -0.26])
+    half = 4.302653 * differences.std(ddof=1) / 3**0.5  # t at 97.5 % of 2 degrees of freedom
+    assert float(row["motion_auc_minus_baseline_difference"]) == pytest.approx(-0.25)
+    assert float(row["motion_auc_minus_baseline_low"]) == pytest.approx(-0.25 - half)
+    assert row["motion_auc_minus_baseline_verdict"] == "behind"
+    assert cell_of(text, "tube", "motion auc - random's").startswith("-0.250 (-0.316 to -0.184")
+    assert "test set" not in cell_of(text, "tube", "motion auc - random's")
+    assert row_of(table, mask_type="motion")["motion_auc_minus_baseline_verdict"] == ""  # one pair
+
+
 # ---------------------------------------------------------------------------------------------- what belongs together
 
 
