@@ -203,7 +203,7 @@ def wrapped(mae) -> dict[str, dict]:
     inner = {n.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): v for n, v in plain.items()}
     compiled = {n.replace("coder.", "coder._orig_mod."): v for n, v in plain.items()}
     return {
-        "torch.compile": {"model": torch.compile(mae).state_dict()},
+        "torch.compile": {"model": torch.compile(mae, backend="eager").state_dict()},  # the names alone
         "an average": {"state_dict_ema": nn.ModuleDict({"module": mae}).state_dict(), "args": {}},
         "DataParallel": nn.DataParallel(mae).state_dict(),
         "DDP of torch.compile": {"model": {f"module._orig_mod.{n}": v for n, v in plain.items()}},
