@@ -50,9 +50,8 @@ except SystemExit as stop:
 """
 
 
-@pytest.mark.parametrize(
-    "script", [SCRIPTS[0], *(pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_start_where_posix_is_missing(script):
     code = f"SCRIPT = {script!r}\n" + WINDOWS
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -1,6 +1,8 @@
 """Whole runs of fine-tuning, probes and tests: modes, resume after kill -9, processes and workers, bad input."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -70,7 +72,9 @@ def finetuned(labelled, pretrained, tmp_path_factory) -> tuple[Path, str]:
     """A finished run with everything on, and what it printed."""
     folder = tmp_path_factory.mktemp("finetuned")
     flags = ["--finetune", pretrained, "--epochs", 3, "--model_ema", "--model_ema_decay", 0.5, "--num_workers", 1]
-    return folder, run(labelled, *flags, "--output_dir", folder, "--log_dir", folder)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        run_here(labelled, *flags, "--output_dir", folder, "--log_dir", folder)
+    return folder, output.getvalue()
 
 
 def test_everything_on(labelled, finetuned):

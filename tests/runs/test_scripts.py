@@ -148,11 +148,15 @@ def test_script_trains_on_the_cpu(tmp_path):
         OUTPUT_DIR=str(tmp_path / "out"), MASK_RATIO="0.75", OMP_NUM_THREADS="1",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    checkpoint = tmp_path / "out" / "checkpoint-0.pth"
-    assert checkpoint.exists()
+    assert (tmp_path / "out" / "checkpoint-0.pth").exists()
+
+
+@pytest.mark.slow
+def test_script_fine_tunes_on_the_cpu(tmp_path):
+    shapes = write_dataset(tmp_path / "shapes", train=10, val=10, size=32, frames=12)
     result = run_script(
         ROOT / "scripts/hmdb51/finetune.sh", "--model", "vit_tiny_patch8_64", "--input_size", "32", "--num_frames", "4",
-        DATA_PATH=str(shapes), MODEL_PATH=str(checkpoint), GPUS="0", EPOCHS="1", BATCH_SIZE="4", NUM_WORKERS="0",
+        DATA_PATH=str(shapes), MODEL_PATH="none", GPUS="0", EPOCHS="1", BATCH_SIZE="4", NUM_WORKERS="0",
         OUTPUT_DIR=str(tmp_path / "finetuned"), OMP_NUM_THREADS="1",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -90,6 +90,53 @@ def small_sweep(shapes: Path, out: Path) -> dict[str, str]:
                 BATCH_SIZE="4", OMP_NUM_THREADS="1", MEASURE="")  # fmt: skip
 
 
+PYTHON = r"""#!/usr/bin/env bash
+# In place of Python: notes what it was called for, and leaves the files that tell a sweep how far it is.
+echo "$*" >> "$CALLS"
+folder=$(sed -n 's/.*--output_dir \([^ ]*\).*/\1/p' <<< "$*")
+[ -z "$FAIL" ] || [[ $* != *$FAIL* ]] || exit 3
+case $1 in
+    *run_mae_pretraining.py) mkdir -p "$folder" && touch "$folder/checkpoint-2.pth" "$folder/checkpoint-11.pth" ;;
+    *run_class_finetuning.py) mkdir -p "$folder" && touch "$folder/test.json" ;;
+esac
+"""
+
+
+def test_finished_parts_are_passed_over_and_failures_named(tmp_path):
+    python, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    (tmp_path / "shapes").mkdir()  # of a user
+    environment = small_sweep(tmp_path / "shapes", out) | dict(
+        PYTHON=str(python), CALLS=str(calls), FAIL="", METHODS="random scratch", EVALUATIONS="finetune linear_probe",
+    )  # fmt: skip
+
+    def programs(**more: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+        calls.write_text("")
+        result = sweep(COMPARE / "embedded.sh", **environment | more)
+        return result, [[Path(line.split()[0]).name, *line.split()[1:]] for line in calls.read_text().splitlines()]
+
+    result, found = programs()
+    assert result.returncode == 0, result.stdout + result.stderr
+    names = [name for name, *_ in found]
+    trained = ["run_mae_pretraining.py", *["run_class_finetuning.py"] * 4]  # two from the checkpoint, two from none
+    assert names == [*trained, "compare_runs.py"]
+    for flags in found[1:3]:
+        assert flags[flags.index("--finetune") + 1] == f"{out}/random-ratio0.85-seed0/pretrain/checkpoint-11.pth"
+    assert "--finetune" not in found[3] + found[4] and found[-1][found[-1].index("--baseline") + 1] == "random"
+    assert [name for name, *_ in programs()[1]] == ["compare_runs.py"]
+
+    (out / "random-ratio0.85-seed0/linear_probe/test.json").unlink()
+    _, found = programs()
+    assert [name for name, *_ in found] == [*trained[:2], "compare_runs.py"] and "--linear_probe" in found[1]
+
+    result, found = programs(SEEDS="0 1", FAIL="seed1/pretrain")
+    assert result.returncode == 1
+    assert_names(result.stdout, "random-ratio0.85-seed1", "status 3")
+    assert [name for name, *_ in found] == [trained[0], *trained[1:3], "compare_runs.py"]  # scratch's are done
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     shapes = write_dataset(tmp_path / "shapes", train=20, val=20, size=32, frames=16)
     out = tmp_path / "out"

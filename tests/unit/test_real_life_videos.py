@@ -339,18 +339,17 @@ json.dump(found, open(sys.argv[1], "w"))
 
 
 @pytest.mark.parametrize("decoder", ["auto"])
-def test_three_runs_give_the_same_bytes(files, decoder, tmp_path):
+def test_two_runs_give_the_same_bytes(files, decoder, tmp_path):
     """In processes that fill fresh memory with different bytes, and that read the files in another order."""
     paths = [str(path) for name, path in files.items() if name not in UNDAMAGED]
     found = []
-    for number, fill in enumerate((0, 85, 170)):
-        order = [paths, paths[::-1], random.Random(1).sample(paths, len(paths))][number]
+    for number, (fill, order) in enumerate([(0, paths), (85, random.Random(1).sample(paths, len(paths)))]):
         environment = os.environ | dict(MALLOC_PERTURB_=str(fill), OMP_NUM_THREADS="1")
         command = [sys.executable, "-c", READ_ALL, str(tmp_path / f"run{number}"), decoder, *order]
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         found.append(json.loads((tmp_path / f"run{number}").read_text()))
-    assert not [path for path in paths if not found[0][path] == found[1][path] == found[2][path]]
+    assert not [path for path in paths if found[0][path] != found[1][path]]
 
 
 def test_what_was_read_before_does_not_matter(files):
