@@ -35,9 +35,8 @@ NORMALIZED = {"ddp": [], "zero0": zero(0), "zero2": zero(2), "zero3": zero(3)}
 # The cases of make test; `make test-slow` runs all. Some are only what others are compared with.
 QUICK = {
     "tats-ddp", "tats-zero2", "tats-zero3", "tats-one", "tats-accumulated", "tube-one", "stopped-zero2", "zero3-to-ddp",
-    "two-to-one", "one-goes-on", "nan-start0-ddp", "nan-start0-zero1", "normalized-start0-ddp", "normalized-start0-one",
-    "normalized-start0-rollouts2", "normalized-start0-rollouts1", "listwise-start0-ddp", "listwise-start0-one",
-    "finetune-ddp", "finetune-zero1", "finetune-one",
+    "two-to-one", "one-goes-on", "nan-start0-ddp", "normalized-start0-ddp", "normalized-start0-one",
+    "listwise-start0-ddp", "listwise-start0-one", "finetune-ddp", "finetune-zero1", "finetune-one",
 }  # fmt: skip
 at_every_stage = pytest.mark.parametrize(
     "stage", [stage if f"tats-zero{stage}" in QUICK else pytest.param(stage, marks=slow) for stage in STAGES]
@@ -187,9 +186,9 @@ SAMPLER_VALUES = ("value_loss", "entropy", "value", "sampler_grad_norm")
 @pytest.mark.parametrize(
     "name, reference",
     [
-        ("rollouts2", "rollouts1"),
         ("ddp", "one"),
         *(pytest.param(name, "one", marks=slow) for name in ("accumulated", "zero0", "zero2", "zero3")),
+        pytest.param("rollouts2", "rollouts1", marks=slow),
     ],
 )
 def test_normalised_advantages_do_not_depend_on_how_the_batch_is_shared_out(runs, name, reference):

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from datasets.decoding import VideoError, open_video
 from datasets.lists import read_list
 from datasets.moving_shapes import write_video
 from tests.helpers.clips import open_av
+from tests.helpers.misbehaving import Unloadable, misbehave
 from tests.helpers.runs import assert_names, naming
 from tools import check_videos, make_lists, make_subset, resize_videos
 from tools.common import in_processes, run_all, write_list
@@ -472,20 +472,6 @@ def test_subset_does_not_replace_its_list(long_tail):
 # ------------------------------------------------------------------------------------------------------- processes
 
 
-def misbehave(path, *options, **flags):
-    """What decoders do to a damaged file."""
-    name = Path(path).stem
-    if name == "crash":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if name == "hang":
-        time.sleep(100)
-    if name == "odd":
-        raise ValueError("odd")
-    if name == "bad":
-        raise VideoError(path, "no frames")
-    return dict(frames=1, decoded=1, width=2, height=2, decoder=str(os.getpid()), reason=None)
-
-
 def test_crash_and_hang_cost_one_item_each(capsys):
     names = ["good1", "crash", "good2", "hang", "odd", "bad", "good3", "good4"]
     start = time.monotonic()
@@ -522,13 +508,6 @@ def test_workers_that_do_not_start_are_an_error():
         list(in_processes(Unloadable(), [("a",)] * 5, 1, 1))
     with pytest.raises(UsageError, match="--num_workers"):
         run_all(misbehave, [("a",)], 0, 1)
-
-
-class Unloadable:
-    """Ends the process that unpickles it, as a library that does not load would."""
-
-    def __reduce__(self):
-        return os._exit, (3,)
 
 
 # ----------------------------------------------------------------------------------------------------- check_videos
