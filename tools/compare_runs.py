@@ -12,8 +12,8 @@ lists were pre-trained or fine-tuned on, the rows tell them apart.
 A cell is the mean over seeds and half the width of its 95 % interval (Student's t). With --baseline, the top-1 of
 equal seeds are compared by a paired t test: "ahead" or "behind" where the interval of the difference, over seeds and
 with the error of the test set, excludes 0; else "not decided", with the smallest difference that so many seeds find
-with a power of 80 %; so are the mean validation top-1 over the epochs of a fine-tuning ("mean val": how fast it learns), and
-motion_auc of tools/measure.py (does the frozen encoder tell what moves?), where it was made.
+with a power of 80 %. Compared in the same way: "mean val", the mean validation top-1 over the epochs of a fine-tuning
+(how fast it learns), and motion_auc of tools/measure.py (does the frozen encoder tell what moves?), where it was made.
 With --level 30, "epochs to 30 %" is how long it takes to reach that validation top-1; where a run never does, the mean
 is a lower bound, shown with >. Measures of tools/measure.py are shown where they were made. Flags that differ beside
 --by and the seed are named under the table, and so are runs that are left out.
@@ -61,7 +61,7 @@ METRICS = {
     "entropy": "entropy / log N",
     "explained_variance": "explained variance",
 }
-FEATURES = "motion_auc"  # the measure of tools/measure.py that is compared with the baseline's: seeds differ least in it
+FEATURES = "motion_auc"  # of tools/measure.py: the measure that is compared with the baseline's
 ORDER = (*SAMPLERS, SCRATCH)  # of the rows
 WARNING = (
     "Reconstruction errors are means over the masked tokens: under different masks they are errors of different "
