@@ -244,7 +244,7 @@ def unpatchify(patches: Tensor, grid: tuple[int, int, int], size: tuple[int, int
 def normalize_patches(patches: Tensor) -> Tensor:
     """Each colour channel of each token to mean 0 and (unbiased) deviation 1, as VideoMAE's target.
 
-    patches [..., k, C], float in [0, 1], or uint8: then the result is float32. 1e-6 (of white) is added to the deviation.
+    patches [..., k, C], float in [0, 1], or uint8, which gives float32. The deviation gets 1e-6 (of white) more.
     """
     white, dtype = (255, torch.float32) if patches.dtype == torch.uint8 else (1, patches.dtype)
     # a copy [..., C, k]: sums over the last dimension are the fast ones
