@@ -563,7 +563,7 @@ def differences_by_place(
             value for name, value in names.items() if name not in ("to", "from", "mask_ratio") and value != UNREAD
         ]
         base = find_baseline(row, rows, args.by, args.baseline)
-        result = compared(row, base, KINDS[0]) if base else None
+        result = compared(row, base, KINDS[0]) if base and not row.scratch else None  # scratch has no mask ratio
         if result:
             found[", ".join(method)][place] = result
     return dict(found) if len({place for cells in found.values() for place in cells}) > 1 else {}

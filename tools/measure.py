@@ -171,9 +171,10 @@ def reconstruction_errors(trained: Trained, clips: Tensor, mask_ratio: float) ->
 def measure(trained: Trained, data_path: Path, mask_ratio: float) -> dict[str, float]:
     """All measures of a checkpoint. data_path: folder with train.csv and val.csv. Raises UsageError."""
     lists = [read_list(data_path / f"{split}.csv") for split in ("train", "val")]
-    (train, label), (test, test_label) = [
-        (token_features(trained, read_clips(paths, trained.args)), torch.tensor(labels)) for paths, labels in lists
-    ]
+    label, test_label = (torch.tensor(labels) for _, labels in lists)
+    train = token_features(trained, read_clips(lists[0][0], trained.args))
+    clips = read_clips(lists[1][0], trained.args)
+    test = token_features(trained, clips)
     classes = int(max(label.max(), test_label.max())) + 1
     frames = trained.mae.grid[0]
     pooled = train.mean(1), label, test.mean(1), test_label, classes
@@ -189,7 +190,6 @@ def measure(trained: Trained, data_path: Path, mask_ratio: float) -> dict[str, f
     masks = [read_masks(paths[:300], trained) for paths, _ in lists]
     if all(x is not None for x in masks):
         found |= probe_motion([(x[: len(m)], m) for x, m in zip((train, test), masks, strict=True)], trained)
-    clips = read_clips(lists[1][0], trained.args)
     found["error_moving"], found["error_still"] = reconstruction_errors(trained, clips, mask_ratio)
     return found
 

@@ -563,6 +563,16 @@ def test_the_map_has_a_cell_for_each_data_set_and_ratio(tmp_path, monkeypatch):
     assert "map" not in {path.stem for path in (tmp_path / "out").glob("*.png")}
 
 
+def test_one_place_and_scratch_make_no_map(tmp_path):
+    for seed in range(2):
+        for method in ("tube", "random"):
+            source = pretrain(tmp_path, f"{method}{seed}", "--mask_type", method, "--seed", str(seed))
+            finetune(tmp_path, f"{method}{seed}_ft", source, "--seed", str(seed))
+        finetune(tmp_path, f"scratch{seed}", None, "--seed", str(seed), acc1=30.0 + seed)
+    compare(tmp_path, tmp_path, "--baseline", "random", pictures=True)
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"curves.png", "accuracy.png"}
+
+
 def test_panels_without_data_are_left_out(tmp_path):
     finetune(tmp_path, "fresh", None, "--disable_eval_during_finetuning")
     log = tmp_path / "fresh" / "log.txt"
