@@ -24,17 +24,17 @@ GPUS=0 launch run_class_finetuning.py \
     --input_size 32 \
     --num_frames 8 \
     --sampling_rate 2 \
-    --batch_size 8 \
-    --num_sample 4 \
+    --batch_size 32 \
+    --num_sample 1 \
     --crop_scale 0.8 1 --aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0 --smoothing 0 \
     --init_scale 1 \
     --layer_decay 1 \
-    --lr 6.4e-2 \
-    --warmup_epochs 3 \
+    --lr 8e-3 \
+    --warmup_epochs 1 \
     --clip_grad 1 \
     --epochs 15 \
     --save_ckpt_freq 5 \
-    --print_freq 50 \
+    --print_freq 25 \
     --num_workers 1 \
     --test_num_segment 2 --test_num_crop 3 \
     "$@"
