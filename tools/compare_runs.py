@@ -13,7 +13,8 @@ A cell is the mean over seeds and half the width of its 95 % interval (Student's
 equal seeds are compared by a paired t test: "ahead" or "behind" where the interval of the difference, over seeds and
 with the error of the test set, excludes 0; else "not decided", with the smallest difference that so many seeds find
 with a power of 80 %. Compared in the same way: "mean val", the mean validation top-1 over the epochs of a fine-tuning
-(how fast it learns), and motion_auc of tools/measure.py (does the frozen encoder tell what moves?), where it was made.
+(how fast it learns), and two measures of tools/measure.py, where it was run: motion_auc (does the frozen encoder tell
+what moves?) and error_moving (of hidden moving tokens, under the same masks for all).
 With --level 30, "epochs to 30 %" is how long it takes to reach that validation top-1; where a run never does, the mean
 is a lower bound, shown with >. Measures of tools/measure.py are shown where they were made. Flags that differ beside
 --by and the seed are named under the table, and so are runs that are left out.
@@ -61,7 +62,7 @@ METRICS = {
     "entropy": "entropy / log N",
     "explained_variance": "explained variance",
 }
-FEATURES = "motion_auc"  # of tools/measure.py: the measure that is compared with the baseline's
+COMPARED = {"motion_auc": False, "error_moving": True}  # measures of tools/measure.py: whether less is better
 ORDER = (*SAMPLERS, SCRATCH)  # of the rows
 WARNING = (
     "Reconstruction errors are means over the masked tokens: under different masks they are errors of different "
@@ -318,10 +319,10 @@ def summarise(
     for name in dict.fromkeys(name for run in first for name in run.measures if name != "mask_ratio"):
         values = [run.measures.get(name) for run in first]
         cells.estimate(name.replace("_", " "), name, values, 3 if "error" in name or "auc" in name else 1, num_runs)
-    if baseline and any(FEATURES in run.measures for run in first):
-        result = compared(row, base, PRETRAINING, lambda run: run.measures.get(FEATURES)) if base else None
-        heading = f"{FEATURES.replace('_', ' ')} - {baseline}'s"
-        add_paired(cells, heading, f"{FEATURES}_minus_baseline", result, digits=3)
+    for name, least in COMPARED.items():
+        if baseline and any(name in run.measures for run in first):
+            result = compared(row, base, PRETRAINING, lambda run, name=name: run.measures.get(name)) if base else None
+            add_paired(cells, f"{name.replace('_', ' ')} - {baseline}'s", f"{name}_minus_baseline", result, least, 3)
     for kind in kinds:
         runs = row.runs.get(kind, [])
         name = kind.replace("-", "_").replace(" ", "_")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fine-tunes the demo's checkpoint on moving shapes: which way does the shape go, right, left, up or down? No single
-# frame tells. About 3 minutes on 2 CPU cores; MODEL_PATH=none trains from scratch instead.
+# frame tells. About 2 minutes on 2 CPU cores; MODEL_PATH=none trains from scratch instead.
 # OUTPUT_DIR (default output/demo), PYTHON and further flags as in the other scripts.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 output=${OUTPUT_DIR:-$REPOSITORY/output/demo}

@@ -297,7 +297,7 @@ def test_frozen_features_are_compared_seed_by_seed(tmp_path):
         for seed, value in enumerate(values):
             source = pretrain(tmp_path, f"{mask}{seed}", "--mask_type", mask, "--seed", str(seed))
             if value is not None:
-                (source / "measures.json").write_text(json.dumps({"motion_auc": value}))
+                (source / "measures.json").write_text(json.dumps({"motion_auc": value, "error_moving": 2 - value}))
     text, table, _ = compare(tmp_path, tmp_path, "--baseline", "random")
     row = row_of(table, mask_type="tube")
     differences = np.array([-0.27, -0.22, -0.26])
@@ -305,6 +305,8 @@ def test_frozen_features_are_compared_seed_by_seed(tmp_path):
     assert float(row["motion_auc_minus_baseline_difference"]) == pytest.approx(-0.25)
     assert float(row["motion_auc_minus_baseline_low"]) == pytest.approx(-0.25 - half)
     assert row["motion_auc_minus_baseline_verdict"] == "behind"
+    assert float(row["error_moving_minus_baseline_difference"]) == pytest.approx(0.25)
+    assert row["error_moving_minus_baseline_verdict"] == "behind"  # less is better
     assert cell_of(text, "tube", "motion auc - random's").startswith("-0.250 (-0.316 to -0.184")
     assert "test set" not in cell_of(text, "tube", "motion auc - random's")
     assert row_of(table, mask_type="motion")["motion_auc_minus_baseline_verdict"] == ""  # one pair
