@@ -243,12 +243,13 @@ def test_bad_input_gets_one_clear_error(name, flags, text, parts, tmp_path, caps
         assert part in message
 
 
-def test_error_of_a_loader_process_is_one_line(tmp_path):
+def test_error_of_a_loader_process_is_one_line(tmp_path, capfd):
     (tmp_path / "list.csv").write_text("a.mp4 0\n" * 8)
     with pytest.raises(SystemExit) as stop:
         run_here(tmp_path / "list.csv", "--mask_type", "random", "--num_workers", 1)
     assert str(stop.value).startswith("error: ") and "\n" not in str(stop.value).strip()
     assert_names(stop.value, tmp_path / "list.csv", tmp_path / "a.mp4")
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_tensorboard_has_the_training_curves(shapes, tmp_path):

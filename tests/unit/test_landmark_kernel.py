@@ -43,7 +43,7 @@ def test_the_kernel_picks_what_the_plain_form_picks():
 
 
 def test_a_kernel_that_does_not_run_is_a_warning(monkeypatch):
-    """No C compiler for Triton's launcher, say: training goes on with the plain search."""
+    """No C compiler for Triton's launcher, say: training uses the plain search."""
     import landmark_kernel
 
     def fail(*_):

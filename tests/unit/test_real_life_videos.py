@@ -1,5 +1,5 @@
 """Files as cameras, broadcasts and broken downloads leave them. Training, --eval, check_videos and resize_videos agree
-on their length and fate; the reference is a plain decode that goes on behind damage, as players and FFmpeg do."""
+on their length and fate; the reference is a plain decode that continues after damage, as players and FFmpeg do."""
 
 import hashlib
 import json
