@@ -1,5 +1,6 @@
 """The pictures of tools/compare_runs.py: learning curves, and accuracies with their intervals."""
 
+import itertools
 import statistics
 import textwrap
 from collections import defaultdict
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from runtime.tasks import SINGLE_LABEL, TITLES, Task
 from tools.common import replacing
-from tools.run_folders import KINDS, PRETRAINING, Run
+from tools.run_folders import KINDS, PRETRAINING, Quantity, Run
 from tools.seed_statistics import UNDECIDED, Paired, interval
 from utils import picture_text
 
@@ -87,24 +88,25 @@ def draw_accuracies(
     finish(figure, path, {})
 
 
-def draw_map(
-    path: Path, found: dict[str, dict[tuple[str, str], Paired]], title: str, task: Task = SINGLE_LABEL
-) -> None:
-    """Where a method differs from the baseline: a panel for each, one cell for each (data set, mask ratio) with the
-    difference and half of its interval; bold where it is decided.
+def draw_map(path: Path, found: dict[Quantity, dict[str, dict[tuple[str, str], Paired]]], baseline: str) -> None:
+    """Where methods differ from the baseline: a line of panels for each quantity, in it a panel for each method with a
+    cell for each (data set, mask ratio): the difference and half of its interval, bold where it is decided, on blue
+    where the method is better.
 
-    Args: found, {method: {(row, column): paired comparison}}; title, of what the differences are; task, of the runs.
+    Args: found, {quantity: {method: {(row, column): paired comparison}}}; baseline, its name.
     """
-    places = {place for cells in found.values() for place in cells}
+    methods = list(dict.fromkeys(method for panels in found.values() for method in panels))
+    places = {place for panels in found.values() for cells in panels.values() for place in cells}
     lines, columns = (list(dict.fromkeys(sorted(place[i] for place in places))) for i in (0, 1))
-    bound = max(abs(result.difference) for cells in found.values() for result in cells.values()) or 1.0
-    figure, grid = new_figure(len(found))
-    figure.suptitle(title)
-    for axes, (method, cells) in zip(grid, found.items(), strict=True):
+    figure, grid = new_figure(len(found) * len(methods), columns=len(methods))
+    pairs = itertools.product(found.items(), methods)
+    for axes, ((quantity, panels), method) in zip(grid, pairs, strict=True):
+        bound = max(abs(result.difference) for cells in panels.values() for result in cells.values()) or 1.0
+        cells = panels.get(method, {})
         values = [[cells[y, x].difference if (y, x) in cells else float("nan") for x in columns] for y in lines]
-        axes.imshow(values, cmap="RdBu_r" if task.least else "RdBu", vmin=-bound, vmax=bound, aspect="auto")
+        axes.imshow(values, cmap="RdBu_r" if quantity.least else "RdBu", vmin=-bound, vmax=bound, aspect="auto")
         for (y, x), result in cells.items():
-            text = f"{result.difference:+.1f}\n± {result.width:.1f}, {result.pairs} pairs"
+            text = f"{result.difference:+.3g}\n± {result.width:.2g}, {result.pairs} pairs"
             pale = abs(result.difference) < 0.6 * bound
             axes.text(
                 columns.index(x), lines.index(y), text, ha="center", va="center", color="black" if pale else "white",
@@ -112,7 +114,7 @@ def draw_map(
             )  # fmt: skip
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(lines)), [wrap(line) for line in lines])
-        axes.set(title=wrap(method), xlabel="mask ratio")
+        axes.set(title=f"{wrap(method)}\n{wrap(quantity.title)} - {baseline}'s", xlabel="mask ratio")
     finish(figure, path, {})
 
 
@@ -126,11 +128,11 @@ def wrap(label: str) -> str:
     return textwrap.fill(picture_text(label), 36, max_lines=3, placeholder=" ...")
 
 
-def new_figure(num_panels: int, num_handles: int = 0) -> "tuple[Figure, list[Axes]]":
-    """num_handles: of the legend that will need a place below."""
+def new_figure(num_panels: int, num_handles: int = 0, columns: int = 0) -> "tuple[Figure, list[Axes]]":
+    """num_handles: of the legend that will need a place below; columns: of panels, by default up to 3."""
     from matplotlib.figure import Figure
 
-    columns = 2 if num_panels == 4 else min(num_panels, 3)
+    columns = columns or (2 if num_panels == 4 else min(num_panels, 3))
     lines = -(-num_panels // columns)
     below = 0.5 * -(-num_handles // columns)
     figure = Figure(figsize=(4.6 * columns + 0.4, 3.6 * lines + 0.9 + below), layout="constrained")

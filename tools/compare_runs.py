@@ -20,7 +20,7 @@ is a lower bound, shown with >. Measures of tools/measure.py are shown where the
 --by and the seed are named under the table, and so are runs that are left out.
 
 Written: table.md, table.csv (all digits), runs.csv, curves.png, accuracy.png; map.png with the differences from
---baseline, where there are several data sets or mask ratios.
+--baseline of fine-tuning and of measures, where there are several data sets or mask ratios.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import os
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +47,7 @@ from tools.run_folders import (
     PRETRAINING,
     SCRATCH,
     UNREAD,
+    Quantity,
     Run,
     differences,
     find_runs,
@@ -164,11 +165,27 @@ def mean_val(run: Run) -> float | None:
     return average(run.curve(f"val_{run.task.metric}")[1])
 
 
-def compared(
-    row: Row, base: Row, kind: str, value: Callable[[Run], float | None] = lambda run: run.test[run.task.metric]
-) -> Paired | None:
-    """The paired comparison of a value (by default the task's metric in the test) of common seeds, or None where there
-    are fewer than two of them.
+def quantities(kind: str, task: Task) -> list[Quantity]:
+    """What runs of a kind are compared by; the end of a training comes first."""
+    if kind == PRETRAINING:
+        return [
+            Quantity(name.replace("_", " "), name, lambda run, name=name: run.measures.get(name), least, 3)
+            for name, least in COMPARED.items()
+        ]
+    title, name = TITLES[task.metric].removesuffix(" (%)"), column_of(kind)
+    return [
+        Quantity(f"{kind} {title}", name, lambda run: run.test[run.task.metric], task.least, 2),
+        Quantity(f"{kind} mean val", f"{name}_mean_val", mean_val, task.least, 2),
+    ]
+
+
+def column_of(kind: str) -> str:
+    """A kind of run as the columns of table.csv name it."""
+    return kind.replace("-", "_").replace(" ", "_")
+
+
+def compared(row: Row, base: Row, kind: str, quantity: Quantity) -> Paired | None:
+    """The paired comparison of the runs of a kind with common seeds, or None where there are fewer than two of them.
 
     Runs from scratch have no pre-training seed: there, the seed of what follows decides, if it tells the runs apart.
     """
@@ -177,7 +194,7 @@ def compared(
         keys = [run.seed[1:] if row.scratch or base.scratch else run.seed for run in runs]
         if len(set(keys)) < len(keys):
             return None
-        values = {key: value(run) for key, run in zip(keys, runs, strict=True)}
+        values = {key: quantity.value(run) for key, run in zip(keys, runs, strict=True)}
         sides.append({key: number for key, number in values.items() if number is not None})
     common = sorted(set(sides[0]) & set(sides[1]))
     if row is base or len(common) < 2:
@@ -319,13 +336,12 @@ def summarise(
     for name in dict.fromkeys(name for run in first for name in run.measures if name != "mask_ratio"):
         values = [run.measures.get(name) for run in first]
         cells.estimate(name.replace("_", " "), name, values, 3 if "error" in name or "auc" in name else 1, num_runs)
-    for name, least in COMPARED.items():
-        if baseline and any(name in run.measures for run in first):
-            result = compared(row, base, PRETRAINING, lambda run, name=name: run.measures.get(name)) if base else None
-            add_paired(cells, f"{name.replace('_', ' ')} - {baseline}'s", f"{name}_minus_baseline", result, least, 3)
+    for quantity in quantities(PRETRAINING, task):
+        if baseline and any(quantity.value(run) is not None for run in first):
+            add_paired(cells, quantity, baseline, compared(row, base, PRETRAINING, quantity) if base else None)
     for kind in kinds:
         runs = row.runs.get(kind, [])
-        name = kind.replace("-", "_").replace(" ", "_")
+        name = column_of(kind)
         for metric in task.metrics:
             digits = 2 if "(%)" in TITLES[metric] else 4
             values = [run.test[metric] for run in runs]
@@ -336,27 +352,21 @@ def summarise(
         if level is not None:
             unit = " %" if "(%)" in TITLES[task.metric] else ""
             add_epochs_to(cells, f"{kind} epochs to {level:g}{unit}", f"{name}_epochs_to_level", runs, level)
-        for what, key, value in (
-            (TITLES[task.metric].removesuffix(" (%)"), "", lambda run: run.test[task.metric]),
-            ("mean val", "_mean_val", mean_val),
-        ):
-            if baseline:
-                result = compared(row, base, kind, value) if base else None
-                add_paired(cells, f"{kind} {what} - {baseline}'s", f"{name}{key}_minus_baseline", result, task.least)
+        for quantity in quantities(kind, task) if baseline else ():
+            add_paired(cells, quantity, baseline, compared(row, base, kind, quantity) if base else None)
     add_costs(cells, first, base.runs.get(PRETRAINING, []) if base else [], baseline)
     return cells
 
 
-def add_paired(
-    cells: Cells, heading: str, name: str, result: Paired | None, least: bool = False, digits: int = 2
-) -> None:
-    """The cell of what `compared` returned, with its verdict. least: whether less is better."""
+def add_paired(cells: Cells, quantity: Quantity, baseline: str, result: Paired | None) -> None:
+    """The cell of what `compared` returned, with its verdict."""
+    heading, name, digits = f"{quantity.title} - {baseline}'s", f"{quantity.name}_minus_baseline", quantity.digits
     if result is None:
         parts = ("difference", "low", "high", "p", "pairs", "test_error", "detectable", "verdict")
         cells.add(heading, name, "-", **dict.fromkeys(parts))
         return
     low, high = result.difference - result.half, result.difference + result.half
-    verdict = result.verdict(least)
+    verdict = result.verdict(quantity.least)
     text = f"{result.difference:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f}"
     text += f"; p {'-' if result.p is None else f'{result.p:.2g}'}, {result.pairs} pairs"
     text += f"; test set ± {result.test_error:.1f})" if result.test_error else ")"
@@ -520,7 +530,7 @@ def compare(args: argparse.Namespace) -> None:
     ]
     write_tables(args, rows, cells, used, runs, left_out)
     named = name_rows(rows, args.by, args.paper == "table2")
-    write_pictures(args.output, rows, labels_of(named), differences_by_place(rows, named, args), task)
+    write_pictures(args, rows, named, task)
 
 
 def write_tables(
@@ -554,36 +564,39 @@ def write_tables(
 
 
 def differences_by_place(
-    rows: list[Row], named: list[dict[str, str]], args: argparse.Namespace
-) -> dict[str, dict[tuple[str, str], Paired]]:
-    """{method: {(data set, mask ratio): comparison of fine-tuning with the baseline}}; empty for a single place."""
-    found = defaultdict(dict)
+    rows: list[Row], named: list[dict[str, str]], args: argparse.Namespace, task: Task
+) -> dict[Quantity, dict[str, dict[tuple[str, str], Paired]]]:
+    """{quantity: {method: {(data set, mask ratio): comparison with the baseline}}}, of fine-tuning and of measures;
+    empty for a single place."""
+    asked = [(kind, quantity) for kind in (KINDS[0], PRETRAINING) for quantity in quantities(kind, task)]
+    found = defaultdict(lambda: defaultdict(dict))
     for row, names in zip(rows, named, strict=True) if args.baseline else ():
-        place = names.get("to", names.get("from", "")), names.get("mask_ratio", "")
-        method = [
-            value for name, value in names.items() if name not in ("to", "from", "mask_ratio") and value != UNREAD
-        ]
         base = find_baseline(row, rows, args.by, args.baseline)
-        result = compared(row, base, KINDS[0]) if base and not row.scratch else None  # scratch has no mask ratio
-        if result:
-            found[", ".join(method)][place] = result
-    return dict(found) if len({place for cells in found.values() for place in cells}) > 1 else {}
-
-
-def write_pictures(
-    output: str, rows: list[Row], labels: list[str], differences: dict[str, dict[tuple[str, str], Paired]], task: Task
-) -> None:
-    """curves.png, accuracy.png and map.png, each where there is something to draw. labels: one per row."""
-    runs = [row.runs for row in rows]
-    kinds = [kind for kind in KINDS if any(kind in of_row for of_row in runs)]
-    written = ["curves.png"] if draw_curves(Path(output, "curves.png"), runs, labels, task) else []
-    if kinds:
-        draw_accuracies(Path(output, "accuracy.png"), runs, labels, kinds, task)
-        written.append("accuracy.png")
-    if differences:
-        draw_map(
-            Path(output, "map.png"), differences, f"fine-tuning: test {TITLES[task.metric]} - the baseline's", task
+        if not base or row.scratch:  # scratch has no mask ratio
+            continue
+        method = ", ".join(
+            value for name, value in names.items() if name not in ("to", "from", "mask_ratio") and value != UNREAD
         )
+        for kind, quantity in asked:
+            data_set = names.get("from" if kind == PRETRAINING else "to", names.get("from", ""))
+            result = compared(row, base, kind, quantity)
+            if result:
+                found[quantity][method][data_set, names.get("mask_ratio", "")] = result
+    places = {place for methods in found.values() for cells in methods.values() for place in cells}
+    return {quantity: dict(methods) for quantity, methods in found.items()} if len(places) > 1 else {}
+
+
+def write_pictures(args: argparse.Namespace, rows: list[Row], named: list[dict[str, str]], task: Task) -> None:
+    """curves.png, accuracy.png and map.png, each where there is something to draw. named: see name_rows."""
+    output, labels, runs = Path(args.output), labels_of(named), [row.runs for row in rows]
+    kinds = [kind for kind in KINDS if any(kind in of_row for of_row in runs)]
+    written = ["curves.png"] if draw_curves(output / "curves.png", runs, labels, task) else []
+    if kinds:
+        draw_accuracies(output / "accuracy.png", runs, labels, kinds, task)
+        written.append("accuracy.png")
+    differences = differences_by_place(rows, named, args, task)
+    if differences:
+        draw_map(output / "map.png", differences, args.baseline)
         written.append("map.png")
     print(f"wrote {' and '.join(written)} to {output}")
 

@@ -6,10 +6,10 @@ import math
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from run_mae_pretraining import get_parser
 from runtime.resume import FREE_ON_RESUME
@@ -80,6 +80,16 @@ class Run:
     def memory(self) -> float | None:
         """The most that a process held, in GiB, or None where that was not logged."""
         return max(self.curve("train_peak_memory")[1], default=None)
+
+
+class Quantity(NamedTuple):
+    """What two methods are compared by, seed by seed."""
+
+    title: str
+    name: str  # its columns in table.csv begin with it
+    value: Callable[[Run], float | None]
+    least: bool  # whether less is better
+    digits: int
 
 
 def read_json(path: Path) -> dict:
