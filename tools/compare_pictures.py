@@ -96,17 +96,17 @@ def draw_map(path: Path, found: dict[Quantity, dict[str, dict[tuple[str, str], P
     Args: found, {quantity: {method: {(row, column): paired comparison}}}; baseline, its name.
     """
     methods = list(dict.fromkeys(method for panels in found.values() for method in panels))
-    places = {place for panels in found.values() for cells in panels.values() for place in cells}
-    lines, columns = (list(dict.fromkeys(sorted(place[i] for place in places))) for i in (0, 1))
+    columns = sorted({ratio for panels in found.values() for cells in panels.values() for _, ratio in cells})
     figure, grid = new_figure(len(found) * len(methods), columns=len(methods))
     pairs = itertools.product(found.items(), methods)
     for axes, ((quantity, panels), method) in zip(grid, pairs, strict=True):
         bound = max(abs(result.difference) for cells in panels.values() for result in cells.values()) or 1.0
+        lines = sorted({line for cells in panels.values() for line, _ in cells})
         cells = panels.get(method, {})
         values = [[cells[y, x].difference if (y, x) in cells else float("nan") for x in columns] for y in lines]
         axes.imshow(values, cmap="RdBu_r" if quantity.least else "RdBu", vmin=-bound, vmax=bound, aspect="auto")
         for (y, x), result in cells.items():
-            text = f"{result.difference:+.3g}\n± {result.width:.2g}, {result.pairs} pairs"
+            text = f"{result.difference:+.3g}\n± {result.width:.2g}\n{result.pairs} pairs"
             pale = abs(result.difference) < 0.6 * bound
             axes.text(
                 columns.index(x), lines.index(y), text, ha="center", va="center", color="black" if pale else "white",

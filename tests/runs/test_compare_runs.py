@@ -553,7 +553,8 @@ def test_the_map_has_a_cell_for_each_data_set_and_ratio(tmp_path, monkeypatch):
             for method, acc1 in (("tube", 40.0 + seed), ("random", 40.0 + gain + 0.5 * seed)):
                 name, flags = f"{data}{ratio}{method}{seed}", ("--data_path", f"data/{data}", "--seed", str(seed))
                 source = pretrain(tmp_path, name, "--mask_type", method, "--mask_ratio", ratio, *flags)
-                finetune(tmp_path, f"{name}_ft", source, *flags, acc1=acc1, videos=10_000)
+                target = f"data/{data}/four", "--seed", str(seed)
+                finetune(tmp_path, f"{name}_ft", source, "--data_path", *target, acc1=acc1, videos=10_000)
                 if ratio == "0.9":  # its error is less by a hundredth of the gain
                     measures = {"checkpoint": "checkpoint-2.pth", "error_moving": 1 - acc1 / 100}
                     (source / "measures.json").write_text(json.dumps(measures))
@@ -568,7 +569,8 @@ def test_the_map_has_a_cell_for_each_data_set_and_ratio(tmp_path, monkeypatch):
     assert all(red > blue for red, _, blue, _ in colours)  # large at 0.9: behind in both, though the error's sign is +
     texts = {(text.get_position()[::-1], text.get_weight()): text.get_text().split("\n")[0] for text in axes.texts}
     assert texts == {((1, 0), "bold"): "+19.5", ((1, 1), "normal"): "+0.5", ((0, 1), "bold"): "-8.5"}
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["large", "small"]
+    for panel, places in ((axes, ["large/four", "small/four"]), (measured, ["large", "small"])):
+        assert [label.get_text() for label in panel.get_yticklabels()] == places
     values = axes.images[0].get_array().filled(np.nan)
     np.testing.assert_allclose(values, [[np.nan, -8.5], [19.5, 0.5]])
     assert "map" not in {path.stem for path in (tmp_path / "out").glob("*.png")}

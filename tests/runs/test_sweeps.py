@@ -15,6 +15,7 @@ from datasets.moving_shapes import write_dataset
 from run_mae_pretraining import check_flags, get_parser
 from tests.helpers.runs import ROOT, assert_names
 from tools import paper_tables
+from tools.compare_runs import is_value
 
 COMPARE, ABLATIONS = ROOT / "scripts/compare", ROOT / "scripts/ablations"
 
@@ -49,6 +50,19 @@ def test_the_map_is_every_method_at_every_size_and_ratio_with_every_seed():
     expected = [(method, ratio, seed) for ratio in ("0.75", "0.85", "0.95") for method in ("random", "motion")
                 for seed in "01"]  # fmt: skip
     assert sorted(tuple(words[1:]) for words in found) == sorted(2 * expected)  # two sizes
+
+
+def test_the_ablations_on_the_embedded_data_are_all_of_them_within_their_epochs():
+    found = units(COMPARE / "ablations.sh", DATA_PATH="shapes", SEEDS="0 1")
+    assert len(found) == 28 * 2
+    starts = {int(words[words.index("--tats_start_epoch") + 1]) for words in found if "--tats_start_epoch" in words}
+    assert starts == {0, 1, 2, 3}  # of 4 epochs
+    baselines = re.findall(r"\[(\w+)\]=([^\s)]+)", (COMPARE / "ablations.sh").read_text())
+    assert {block for block, _ in baselines} == {path.stem for path in ABLATIONS.glob("*.sh")}
+    for block, value in baselines:
+        by = re.search(r"--by (\w+)", (ABLATIONS / f"{block}.sh").read_text())[1]
+        rows = units(COMPARE / "ablations.sh", DATA_PATH="shapes", SEEDS="0", BLOCKS=block)
+        assert any(is_value(getattr(get_parser().parse_args(words[4:]), by), value) for words in rows), block
 
 
 @pytest.mark.parametrize("path", sorted(ABLATIONS.glob("*.sh")), ids=lambda p: p.stem)
