@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Where do adaptive masks help? Size of the moving shape x mask ratio x mask, on the embedded data; map.png and table.md with
-# the differences from random masks. bash scripts/compare/map.sh; about 3 minutes per run on one core, and shapes of the
-# default size share the runs of make compare.
+# the differences from random masks. bash scripts/compare/map.sh; 5 to 8 minutes per run, two at a time on two cores; shapes of
+# the default size share the runs of make compare.
 #   SIZES   ranges of the radius in sides, as "0.1-0.16 0.175-0.28"; the others: scripts/compare/sweep.sh
 set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
