@@ -26,11 +26,24 @@ UNREAD = "-"  # the value of a flag that a run's method does not read
 FREE = FREE_ON_RESUME | {"device", "data_path", "seed"}
 
 
+# {flag: the only --tats_objective that reads it}
+READ_BY_OBJECTIVE = {"tats_tau": "listwise"} | dict.fromkeys(
+    ("ppo_clip", "policy_coef", "value_coef", "entropy_coef", "entropy", "normalize_advantage"), "ppo"
+)
+
+
 @functools.cache
 def read_by() -> dict[str, str]:
     """{flag: the only mask type that reads it}."""
     (group,) = (group for group in get_parser()._action_groups if group.title == "TATS and PPO")
     return {action.dest: "tats" for action in group._group_actions} | {"adamae_coef": "adamae"}
+
+
+def unread(args: dict) -> set[str]:
+    """The flags that a pre-training's mask type, or its objective, does not read."""
+    flags = {flag for flag, method in read_by().items() if method != args.get("mask_type")}
+    objective = args.get("tats_objective", "ppo")  # the only one that earlier runs had
+    return flags | {flag for flag, reader in READ_BY_OBJECTIVE.items() if reader != objective}
 
 
 @dataclass(eq=False)
@@ -237,7 +250,7 @@ def value_of(run: Run, flag: str) -> Hashable:
     """A flag's value in a pre-training run, UNREAD where its method does not read it. Raises UsageError."""
     if flag not in run.args:
         raise UsageError(f"--by {flag}: the pre-training run {run.folder} has no such flag")
-    if read_by().get(flag, run.args["mask_type"]) != run.args["mask_type"]:
+    if flag in unread(run.args):
         return UNREAD
     value = run.args[flag]
     return tuple(value) if isinstance(value, list) else value
@@ -247,7 +260,7 @@ def settings(run: Run, by: tuple[str, ...]) -> dict[str, str]:
     """{name: value as text} of what should be equal in runs that are compared."""
     args = run.args
     free = FREE | (set(by) if run.kind == PRETRAINING else set())
-    named = {f"--{name}": UNREAD for name, method in read_by().items() if method != args.get("mask_type")}
+    named = {f"--{name}": UNREAD for name in unread(args)}
     named |= {f"--{name}": str(args[name]) for name in args if name not in free and f"--{name}" not in named}
     clips = [args.get(name, 1) for name in ("batch_size", "accum_iter", "world_size")]
     clips += [args.get("num_sample", 1)] if args.get("batch_counts") == "videos" else []  # earlier runs counted clips

@@ -330,6 +330,24 @@ def test_flags_that_a_method_does_not_read_make_no_rows_and_no_notes(tmp_path):
     assert float(table[1]["step_ratio"]) == 1.0 and "Differs" not in text
 
 
+def test_flags_that_an_objective_does_not_read_make_no_rows_and_no_notes(tmp_path):
+    pretrain(tmp_path, "ppo0", "--mask_type", "tats", "--normalize_advantage", "--entropy_coef", "1e-5")
+    pretrain(tmp_path, "ppo1", "--mask_type", "tats", "--normalize_advantage", "--entropy_coef", "1e-5",
+             "--tats_tau", "3", "--seed", "1")  # fmt: skip
+    listwise = ["--mask_type", "tats", "--tats_objective", "listwise"]
+    pretrain(tmp_path, "show", *listwise)
+    pretrain(tmp_path, "hide", *listwise, "--tats_tau", "-0.1", "--ppo_clip", "0.5")
+    by = ["--by", "tats_objective", "tats_tau", "--baseline", "ppo"]
+    text, table, _ = compare(tmp_path, tmp_path, *by)
+    assert {(row["tats_objective"], row["tats_tau"], row["runs"]) for row in table} == {
+        ("ppo", "-", "2"), ("listwise", "0.1", "1"), ("listwise", "-0.1", "1"),
+    }  # fmt: skip
+    assert all(row["step_ratio"] == "1.0" for row in table) and "Differs" not in text
+    shutil.rmtree(tmp_path / "hide")
+    pretrain(tmp_path, "hide", *listwise, "--tats_tau", "-0.1", "--tats_logit_cap", "2")
+    assert "--tats_logit_cap: 0.0 in" in compare(tmp_path, tmp_path, *by)[0]  # both objectives read it
+
+
 def test_other_flags_that_differ_are_named_with_values_and_runs(tmp_path):
     for name, flags in {"a": (), "b": ("--lr", "3e-4"), "c": ("--num_workers", "1", "--output_dir", "x")}.items():
         source = pretrain(tmp_path, name, "--seed", str(ord(name)), *flags)
