@@ -510,6 +510,11 @@ def train(args) -> None:
         f"\n{run.sampler.num_tokens} tokens a clip {run.mae.grid}, {run.sampler.num_visible} visible"
         f"\n{describe_schedule(args, recipe)}"
     )
+    if run.warming_up(args.epochs - 1):
+        log(
+            f"warning: --tats_start_epoch {args.tats_start_epoch} is not below --epochs {args.epochs}: all masks are "
+            "random, TATS learns nothing"
+        )
 
     first_epoch, midway = resume(run, args, found, steps_per_epoch)
     found = None  # or every process would hold it during the whole run

@@ -14,10 +14,14 @@
 #   SCALE        paper (default: ViT-B, 16 frames of 224 x 224) or tiny: a model of 0.6 M weights, 8 frames of INPUT_SIZE
 #                (64), large learning rates, minutes on a CPU
 #   TATS_OBJECTIVE   ppo (default, the paper's) or listwise, with TATS_TAU (docs/SAMPLER.md)
-#   TATS_START_EPOCH  TATS_LR  ENTROPY_COEF  TATS_LOGIT_CAP      of the tiny scale; of the paper's by flags
+#   TATS_START_EPOCH  TATS_LR  ENTROPY_COEF  TATS_LOGIT_CAP
 #   DRY_RUN=1    print the command instead of running it
 set -euo pipefail
 
+source "$(dirname "${BASH_SOURCE[0]}")/checks.sh"
+need_whole EPOCHS 1
+need_whole GPUS 0
+need_whole NODES 1
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
@@ -75,8 +79,9 @@ case ${SCALE:-paper} in
             --save_ckpt_freq "${SAVE_FREQ:-20}" --num_workers "${NUM_WORKERS:-8}")
         # The paper's settings of TATS (table 4).
         TATS_FLAGS=(--mask_type tats --tats_attention orthoformer --tats_blocks 1 --num_landmarks 128 --softmax_temp 1
-            --tats_lr 1.5e-6 --tats_start_epoch 10 --tats_rollout_steps 1 --ppo_epochs 1 --ppo_clip 0.2
-            --policy_coef 1e-4 --value_coef 1e-4 --entropy_coef 1e-4)
+            --tats_lr "${TATS_LR:-1.5e-6}" --tats_start_epoch "${TATS_START_EPOCH:-10}" --tats_rollout_steps 1 --ppo_epochs 1
+            --ppo_clip 0.2 --policy_coef 1e-4 --value_coef 1e-4 --entropy_coef "${ENTROPY_COEF:-1e-4}"
+            --tats_logit_cap "${TATS_LOGIT_CAP:-0}")
         # Of the paper's table 7; what it shares with the defaults of the flags (layer decay, label smoothing, mixup,
         # cutmix, drop path, weight decay) is not repeated, so that --linear_probe brings its own.
         FINETUNE_FLAGS=(--model "${MODEL:-vit_base_patch16_224}" --num_frames 16

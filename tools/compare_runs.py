@@ -129,7 +129,8 @@ def check_replicates(row: Row, by: tuple[str, ...]) -> None:
             other = first.setdefault(run.seed, run)
             if other is not run:
                 one, two = settings(other, by), settings(run, by)
-                differ = [name for name in one if one[name] != two.get(name)]
+                both = [name for name in one if UNREAD not in (one[name], two.get(name))]
+                differ = [name for name in both if one[name] != two.get(name)]
                 apart = f"they differ in {', '.join(differ[:4])}" if differ else "nothing tells them apart"
                 use = "leave one out"
                 if kind == PRETRAINING and differ:

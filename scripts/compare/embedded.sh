@@ -10,4 +10,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/sweep.sh"
 TO_PATH=${TO_PATH:-$DATA_PATH/translations} FINETUNE_EXTRA="--nb_classes 4 ${FINETUNE_EXTRA:-}"
 MASK_RATIOS=${MASK_RATIOS:-0.85}
 add_methods
-run_units embedded --by mask_type mask_ratio tats_objective tats_tau --baseline "$BASELINE" --level 50 "$@"
+run_units embedded "${BY[@]}" --baseline "$BASELINE" --level 50 "$@"

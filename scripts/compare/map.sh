@@ -5,10 +5,16 @@
 #   SIZES   ranges of the radius in sides, as "0.1-0.16 0.175-0.28"; the others: scripts/compare/sweep.sh
 set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+source "$REPOSITORY/scripts/checks.sh"
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || refuse "not as an array: it has several sweeps, each of them embedded.sh with a DATA_PATH"
+make_absolute OUTPUT_DIR DATA_PATH
 OUTPUT=${OUTPUT_DIR:-$REPOSITORY/output/compare} SHAPES=${DATA_PATH:-$REPOSITORY/output/shapes}
 SIZES=${SIZES:-0.1-0.16 0.175-0.28}
 export METHODS=${METHODS:-random motion adamae listwise} SEEDS=${SEEDS:-0 1 2} MASK_RATIOS=${MASK_RATIOS:-0.75 0.85 0.95}
 folders=()
+for size in $SIZES; do
+    [[ $size =~ ^[0-9.]+-[0-9.]+$ ]] || refuse "SIZES=$size: must be ranges as 0.1-0.16"
+done
 for size in $SIZES; do
     if [ "$size" = 0.175-0.28 ]; then # the default
         folder=$OUTPUT/embedded data=$SHAPES flags=
@@ -19,9 +25,9 @@ for size in $SIZES; do
     SHAPES_FLAGS="$flags ${SHAPES_FLAGS:-}" DATA_PATH=$data OUTPUT_DIR=$folder \
         bash "$REPOSITORY/scripts/compare/embedded.sh" || failed=1
 done
-[ -z "${LIST:-}" ] || exit 0
+[ -z "${LIST:-}${DRY_RUN:-}" ] || exit 0
 cd "$REPOSITORY"
 interpreter=${PYTHON:-$(source scripts/common.sh && echo "$PYTHON")}
-"$interpreter" tools/compare_runs.py "${folders[@]}" --output "$OUTPUT/map" --by mask_type mask_ratio tats_objective \
-    --baseline random --level 50 "$@"
+"$interpreter" tools/compare_runs.py "${folders[@]}" --output "$OUTPUT/map" --by mask_type mask_ratio tats_objective tats_tau \
+    --baseline "${METHODS%% *}" --level 50 "$@"
 [ -z "${failed:-}" ]

@@ -13,14 +13,16 @@
 #   JOBS         units at a time on this machine (default 1), a log.txt each
 #   SCALE, EPOCHS ...   all of scripts/common.sh; PRETRAIN_EPOCHS, FINETUNE_EPOCHS, PROBE_EPOCHS say it for one kind of run
 #   PRETRAIN_EXTRA, FINETUNE_EXTRA   further flags, as "--no-flip --num_segments 8"
-#   LIST=1       name the units instead, one a line
+#   LIST=1       name the units instead, one a line (DRY_RUN=1 too)
+# Paths are relative to where the command is given. A unit whose flags are not those it was started with is refused: another
+# protocol is another OUTPUT_DIR.
 #
 # Under Slurm as an array of as many jobs as there are units; each goes back into the queue as any other run does:
-#   DATA_SET=ssv2 DATA_PATH=lists/ssv2 sbatch --array=0-26 scripts/slurm/pretrain.sbatch scripts/compare/table1.sh
+#   DATA_SET=ssv2 DATA_PATH=lists/ssv2 sbatch --array=0-8 scripts/slurm/pretrain.sbatch scripts/compare/table1.sh
 # and the same command without sbatch writes the table once they are finished.
 set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-cd "$REPOSITORY"
+source "$REPOSITORY/scripts/checks.sh"
 DATA_SET=${DATA_SET:-shapes} METHODS=${METHODS:-tube adamae tats} SEEDS=${SEEDS:-0} EVALUATIONS=${EVALUATIONS-finetune}
 if [ "$DATA_SET" = shapes ]; then
     SCALE=${SCALE:-tiny} DATA_PATH=${DATA_PATH:-$REPOSITORY/output/shapes}
@@ -28,29 +30,59 @@ if [ "$DATA_SET" = shapes ]; then
 fi
 export SCALE=${SCALE:-paper}
 if [ "$SCALE" = tiny ]; then export GPUS=${GPUS:-0}; fi
-if [ -z "${DATA_PATH:-}" ]; then
-    echo "error: set DATA_PATH to a folder with train.csv and val.csv" >&2
-    exit 2
-fi
-if ! [ -f "scripts/$DATA_SET/finetune.sh" ]; then
-    echo "error: DATA_SET=$DATA_SET: no scripts/$DATA_SET/finetune.sh" >&2
-    exit 2
-fi
+
+make_absolute DATA_PATH TO_PATH OUTPUT_DIR MODEL_PATH
+cd "$REPOSITORY"
+[ -n "${DATA_PATH:-}" ] || refuse "set DATA_PATH to a folder with train.csv and val.csv"
+for name in DATA_SET TO_SET; do
+    for script in pretrain_random finetune; do
+        [ -z "${!name:-}" ] || [ -f "scripts/${!name}/$script.sh" ] || refuse "$name=${!name}: no scripts/${!name}/$script.sh"
+    done
+    [ "${!name:-}" != custom ] || [ -n "${NB_CLASSES:-}" ] || refuse "set NB_CLASSES to the number of classes in the lists"
+done
+for name in JOBS PRETRAIN_EPOCHS FINETUNE_EPOCHS PROBE_EPOCHS; do need_whole "$name" 1; done
+need_words METHODS "tube random frame motion adamae tats listwise hide scratch"
+[ -z "${EVALUATIONS// /}" ] || need_words EVALUATIONS "finetune linear_probe attentive_probe"
+case ${TATS_TAU:-} in -*) refuse "TATS_TAU=$TATS_TAU: must be above 0, METHODS=hide has it below" ;; esac
+
+METHODS=$(echo $METHODS) # one space between them
+# The first of METHODS is what the others are compared with; listwise and hide are told apart by more than the mask.
+BASELINE=${METHODS%% *} BY=()
+case " $METHODS " in
+    *" listwise "* | *" hide "*)
+        BY=(--by mask_type mask_ratio tats_objective tats_tau)
+        case $BASELINE in
+            tats | listwise | hide)
+                [[ $METHODS != *" "* ]] || refuse "METHODS=$METHODS: the first one is what listwise and hide are compared" \
+                    "with: put one of tube random frame motion adamae scratch there"
+                BASELINE=tats
+                ;;
+        esac
+        ;;
+esac
 
 # The paper's name of a data set.
 declare -A PAPER_NAME=([ssv2]=SSv2 [k400]=K400 [ucf101]=UCF101 [hmdb51]=HMDB51)
 
-UNITS=() # a line each: name, method, ratio, seed, flags
-add_unit() { UNITS+=("$*"); }
+UNITS=() # a line each: name, method, ratio, seed, flags; quoted as the shell reads them
+add_unit() {
+    local line
+    printf -v line '%q ' "$@"
+    UNITS+=("${line% }")
+}
 
-# add_methods: every method at every ratio with every seed.
+# add_methods: every method at every ratio with every seed; scratch, which knows no ratio, at the first one.
 add_methods() {
-    local ratio method seed
+    local ratio method seed first
     for seed in $SEEDS; do # seeds outermost: a sweep that is stopped early has whole comparisons
+        first=1
         for ratio in $MASK_RATIOS; do
             for method in $METHODS; do
-                add_unit "$method-ratio$ratio-seed$seed" "$method" "$ratio" "$seed"
+                if [ "$method" != scratch ] || [ -n "$first" ]; then
+                    add_unit "$method-ratio$ratio-seed$seed" "$method" "$ratio" "$seed"
+                fi
             done
+            first=
         done
     done
 }
@@ -65,6 +97,27 @@ add_variants() {
 }
 
 interpreter() { if [ -n "${PYTHON:-}" ]; then echo "$PYTHON"; else (source scripts/common.sh && echo "$PYTHON"); fi; }
+
+# step FOLDER DONE SCRIPT FLAGS...: one program of a unit; DONE (not empty): only the check of its flags, which are kept beside
+# what it writes. Paths, and what changes no result, are not compared.
+step() {
+    local folder=$1 finished=$2 script=$3 flags changed
+    shift 3
+    flags=$(MODEL_PATH=none OUTPUT_DIR=$folder DRY_RUN=1 bash "$script" "$@") || return
+    flags=$(sed '1,/run_[a-z_]*\.py$/d' <<< "$flags" | tr '\n' ' ' | sed 's/ --/\n--/g' |
+        sed -E '/^--(data_path|output_dir|log_dir|finetune|num_workers|device)( |$)/d; s/ +$//')
+    if [ -f "$folder/flags.txt" ]; then
+        changed=$(diff "$folder/flags.txt" - <<< "$flags" | sed -n 's/^< /was /p; s/^> /now /p' | paste -sd ',' | sed 's/,/, /g')
+        if [ -n "$changed" ]; then
+            echo "error: $folder was started with other flags ($changed): use another OUTPUT_DIR, or delete its flags.txt" >&2
+            return 2
+        fi
+    fi
+    [ -z "$finished" ] || return 0
+    mkdir -p "$folder"
+    [ -f "$folder/args.json" ] || echo "$flags" > "$folder/flags.txt"
+    OUTPUT_DIR=$folder bash "$script" "$@"
+}
 
 newest_checkpoint() { find "$1" -maxdepth 1 -name 'checkpoint-[0-9]*.pth' ! -name '*-step*' | sort -V | tail -n 1; }
 
@@ -81,62 +134,82 @@ run_unit() {
         hide) script=pretrain_tats.sh && export TATS_OBJECTIVE=listwise TATS_TAU=-${TATS_TAU:-0.1} ;;
         scratch) script= ;;
         frame | motion) script=pretrain_random.sh && set -- --mask_type "$method" "$@" ;;
-        *)
-            echo "error: METHODS=$method: choose of tube random frame motion adamae tats listwise hide scratch" >&2
-            return 2
-            ;;
     esac
-    local evaluation missing=""
+    local evaluation missing="" finished="" checkpoint=none
     for evaluation in $EVALUATIONS; do
         [ -f "$folder/$evaluation${TO:+_$TO}/test.json" ] || missing+=" $evaluation"
     done
-    if [ -z "$missing" ] && [ -n "${EVALUATIONS// /}" ] && { [ -z "${MEASURE:-}" ] || [ -z "$script" ] ||
-        [ -f "$folder/pretrain/measures.json" ]; }; then return 0; fi
-    local checkpoint=none
     if [ -n "$script" ]; then
-        # shellcheck disable=SC2086  # the extra flags are several words
-        EPOCHS=${PRETRAIN_EPOCHS:-${EPOCHS:-}} DATA_PATH=$DATA_PATH/train.csv OUTPUT_DIR=$folder/pretrain \
-            bash "scripts/$DATA_SET/$script" "$@" ${PRETRAIN_EXTRA:-} || return
-        checkpoint=$(newest_checkpoint "$folder/pretrain")
         if [ -n "${MEASURE:-}" ]; then
+            [ ! -f "$folder/pretrain/measures.json" ] || finished=1
+        elif [ -n "${EVALUATIONS// /}" ]; then
+            finished=1
+        fi
+        [ -z "$missing" ] || finished=
+        # shellcheck disable=SC2086  # the extra flags are several words
+        EPOCHS=${PRETRAIN_EPOCHS:-${EPOCHS:-}} DATA_PATH=$DATA_PATH/train.csv \
+            step "$folder/pretrain" "$finished" "scripts/$DATA_SET/$script" "$@" ${PRETRAIN_EXTRA:-} || return
+        checkpoint=$(newest_checkpoint "$folder/pretrain")
+        if [ -n "${MEASURE:-}" ] && [ -z "$finished" ]; then
             "$(interpreter)" tools/measure.py "$folder/pretrain" --data_path "$DATA_PATH" || return
         fi
     fi
-    for evaluation in $missing; do
+    for evaluation in $EVALUATIONS; do
         local probe="" epochs=${FINETUNE_EPOCHS:-${EPOCHS:-}} data=${TO_PATH:-$DATA_PATH}
         if [ "$evaluation" != finetune ]; then probe=--$evaluation epochs=${PROBE_EPOCHS:-${EPOCHS:-}}; fi
+        finished=1
+        case "$missing " in *" $evaluation "*) finished= ;; esac
         # shellcheck disable=SC2086
-        EPOCHS=$epochs MODEL_PATH=$checkpoint DATA_PATH=$data OUTPUT_DIR=$folder/$evaluation${TO:+_$TO} \
-            bash "scripts/${TO_SET:-$DATA_SET}/finetune.sh" $probe ${FINETUNE_EXTRA:-} || return
+        EPOCHS=$epochs MODEL_PATH=$checkpoint DATA_PATH=$data step "$folder/$evaluation${TO:+_$TO}" "$finished" \
+            "scripts/${TO_SET:-$DATA_SET}/finetune.sh" $probe ${FINETUNE_EXTRA:-} || return
     done
 }
 
-# The first of METHODS is what the others are compared with.
-BASELINE=${METHODS%% *}
+# check_units: before any of them starts.
+check_units() {
+    local unit words
+    [ "${#UNITS[@]}" -gt 0 ] || refuse "no units: METHODS, MASK_RATIOS or SEEDS is empty"
+    for unit in "${UNITS[@]}"; do
+        eval "words=($unit)"
+        [[ ${words[2]} =~ ^0?\.[0-9]*[1-9][0-9]*$ ]] || refuse "MASK_RATIOS=${words[2]}: must be between 0 and 1"
+        [[ ${words[3]} =~ ^[0-9]{1,9}$ ]] || refuse "SEEDS=${words[3]}: must be a whole number of at least 0"
+    done
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [ "$SLURM_ARRAY_TASK_ID" -ge "${#UNITS[@]}" ]; then
+        refuse "there are ${#UNITS[@]} units, none with number $SLURM_ARRAY_TASK_ID: use --array=0-$((${#UNITS[@]} - 1))"
+    fi
+}
+
+# stop_units: what they run is told to stop, saves itself, and a sweep that was told to stop leaves nothing behind.
+stop_units() {
+    local job
+    for job in $(jobs -p); do kill -TERM -- "-$job" 2>/dev/null || true; done
+    { wait; } 2>/dev/null # bash tells of each job that was stopped
+    echo "stopped; the same command goes on" >&2
+    exit 143
+}
 
 # run_units NAME FLAGS...: all units, or Slurm's one of them; then the table, with flags for tools/compare_runs.py.
 run_units() {
     OUTPUT=${OUTPUT_DIR:-$REPOSITORY/output/compare/$1}
     shift
-    if [ -n "${LIST:-}" ]; then
+    check_units
+    if [ -n "${LIST:-}${DRY_RUN:-}" ]; then
         printf '%s\n' "${UNITS[@]}"
-        return
+        exit
     fi
-    if [ "$DATA_SET" = shapes ]; then (source scripts/shapes/data.sh && write_shapes "$DATA_PATH"); fi
+    if [ "$DATA_SET" = shapes ]; then (source scripts/shapes/data.sh && write_shapes "$DATA_PATH") || exit; fi
     local unit words status failed=$OUTPUT/failed.txt
-    rm -f "$failed"
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-        if [ "$SLURM_ARRAY_TASK_ID" -ge "${#UNITS[@]}" ]; then
-            echo "error: there are ${#UNITS[@]} units, none with number $SLURM_ARRAY_TASK_ID: use --array=0-$((${#UNITS[@]} - 1))" >&2
-            exit 2
-        fi
-        read -ra words <<< "${UNITS[$SLURM_ARRAY_TASK_ID]}"
+        eval "words=(${UNITS[$SLURM_ARRAY_TASK_ID]})"
         run_unit "${words[@]}"
-        return
+        exit
     fi
+    rm -f "$failed"
+    set -m # each unit its own process group, which stop_units can reach
+    trap stop_units TERM INT HUP
     for unit in "${UNITS[@]}"; do
         while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; done
-        read -ra words <<< "$unit"
+        eval "words=($unit)"
         mkdir -p "$OUTPUT/${words[0]}"
         (
             status=0
@@ -144,11 +217,14 @@ run_units() {
             if [ $status -eq 0 ]; then
                 echo "$(date +%T) ${words[0]}: finished"
             else
-                echo "$(date +%T) ${words[0]}: status $status, see $OUTPUT/${words[0]}/log.txt" | tee -a "$failed"
+                echo "$(date +%T) ${words[0]}: status $status, see $OUTPUT/${words[0]}/log.txt:" \
+                    "$(tail -n 1 "$OUTPUT/${words[0]}/log.txt")" | tee -a "$failed"
             fi
         ) &
     done
     wait
+    trap - TERM INT HUP
+    set +m
     "$(interpreter)" tools/compare_runs.py "$OUTPUT" --output "$OUTPUT" "$@"
     [ ! -f "$failed" ]
 }

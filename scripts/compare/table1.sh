@@ -5,5 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/sweep.sh"
 MASK_RATIOS=${MASK_RATIOS:-0.85 0.9 0.95}
 add_methods
 reported=() # beside the paper's own data sets
-if [ -n "${PAPER_NAME[$DATA_SET]:-}" ]; then reported=(--paper table1 --data_set "${PAPER_NAME[$DATA_SET]}"); fi
-run_units "table1_$DATA_SET" --baseline "$BASELINE" "${reported[@]}" "$@"
+if [ -n "${PAPER_NAME[$DATA_SET]:-}" ] && [ ${#BY[@]} -eq 0 ]; then reported=(--paper table1 --data_set "${PAPER_NAME[$DATA_SET]}"); fi
+run_units "table1_$DATA_SET" "${BY[@]}" --baseline "$BASELINE" "${reported[@]}" "$@"

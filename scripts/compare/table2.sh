@@ -13,6 +13,6 @@ add_methods
 reported=() # beside the paper's own pairs
 case $DATA_SET-$TO_SET in
     k400-ucf101 | k400-hmdb51 | k400-ssv2 | ssv2-ucf101 | ssv2-hmdb51)
-        reported=(--paper table2) ;;
+        [ ${#BY[@]} -gt 0 ] || reported=(--paper table2) ;;
 esac
-run_units "table1_$DATA_SET" --baseline "$BASELINE" "${reported[@]}" "$@"
+run_units "table1_$DATA_SET" "${BY[@]}" --baseline "$BASELINE" "${reported[@]}" "$@"

@@ -53,7 +53,7 @@ def test_every_mask_type_trains_and_logs(mask_type, shapes, tmp_path, capsys):
     wanted = {"loss", "motion_lift", "data_time", "step_time"} | LEARNED.get(mask_type, set())
     assert {f"train_{name}" for name in wanted} <= set(record)
     assert all(isinstance(record[f"train_{name}"], float) for name in wanted)
-    assert "clips/s" in output and "left" in output
+    assert "clips/s" in output and "left" in output and "warning" not in output
     state = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)
     assert state["args"]["mask_type"] == mask_type
     assert (mask_type in state) == (mask_type in LEARNED)
@@ -88,6 +88,11 @@ def test_two_passes_leave_the_recorded_policy(shapes, tmp_path):
             "--tats_lr", 0.05, "--output_dir", tmp_path / str(passes))  # fmt: skip
         kl[passes] = read_log(tmp_path / str(passes))[0]["train_approx_kl"]
     assert kl[1] == 0 and kl[2] > 0
+
+
+def test_a_sampler_that_never_starts_is_said(shapes, capsys):
+    run_here(shapes, "--mask_type", "tats", "--epochs", 1, "--tats_start_epoch", 1)
+    assert_names(capsys.readouterr().out, "warning: --tats_start_epoch 1", "--epochs 1", "random")
 
 
 @tats_and_slowly_the_others

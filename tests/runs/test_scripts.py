@@ -13,7 +13,7 @@ from datasets.moving_shapes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH = sorted((ROOT / "scripts").rglob("*.sbatch"))
-SOURCED = {ROOT / "scripts" / name for name in ("common.sh", "shapes/data.sh", "compare/sweep.sh")}
+SOURCED = {ROOT / "scripts" / name for name in ("checks.sh", "common.sh", "shapes/data.sh", "compare/sweep.sh")}
 SCRIPTS = sorted(set((ROOT / "scripts").rglob("*.sh")) - SOURCED)
 SWEEPS = [path for path in SCRIPTS if path.parent.name in ("compare", "ablations")]
 PAPERS = ("ssv2", "k400", "ucf101", "hmdb51")

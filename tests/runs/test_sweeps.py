@@ -1,11 +1,14 @@
 """Sweeps of scripts/compare and scripts/ablations: their units, and one small sweep, killed and gone on with."""
 
+import contextlib
 import csv
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,10 +23,10 @@ from tools.compare_runs import is_value
 COMPARE, ABLATIONS = ROOT / "scripts/compare", ROOT / "scripts/ablations"
 
 
-def sweep(path: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+def sweep(path: Path, *flags: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
     own = ("DATA_PATH", "MODEL_PATH", "GPUS", "SCALE", "EPOCHS", "SEEDS", "SLURM_ARRAY_TASK_ID")
     env = {name: value for name, value in os.environ.items() if name not in own} | environment
-    return subprocess.run(["bash", str(path), *flags], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(["bash", str(path), *flags], env=env, capture_output=True, text=True, timeout=300, cwd=cwd)
 
 
 def units(path: Path, **environment: str) -> list[list[str]]:
@@ -43,6 +46,15 @@ def test_table1_is_every_method_at_every_ratio_with_every_seed():
     assert {tuple(words[1:]) for words in found} == {
         (method, ratio, seed) for method in ("tube", "tats") for ratio in ("0.85", "0.9", "0.95") for seed in "01"
     }
+
+
+def test_scratch_knows_no_ratio():
+    found = units(COMPARE / "embedded.sh", METHODS="random scratch", MASK_RATIOS=" 0.75  0.85", SEEDS="0 1")
+    assert [words[0] for words in found if words[1] == "scratch"] == [
+        "scratch-ratio0.75-seed0",
+        "scratch-ratio0.75-seed1",
+    ]
+    assert len(found) == 6
 
 
 def test_the_map_is_every_method_at_every_size_and_ratio_with_every_seed():
@@ -83,18 +95,74 @@ def test_ablations_have_the_papers_rows_and_flags_that_exist(path):
     "environment, parts",
     [
         (dict(DATA_SET="ssv2"), ["DATA_PATH"]),
-        (dict(DATA_SET="imagenet", DATA_PATH="x"), ["DATA_SET=imagenet", "scripts/imagenet/finetune.sh"]),
+        (dict(DATA_SET="imagenet", DATA_PATH="x"), ["DATA_SET=imagenet", "scripts/imagenet/pretrain_random.sh"]),
         (dict(DATA_SET="ssv2", DATA_PATH="x", SLURM_ARRAY_TASK_ID="99"), ["--array=0-8"]),
-        (dict(DATA_SET="ssv2", DATA_PATH="x", SLURM_ARRAY_TASK_ID="0", METHODS="block"), ["METHODS=block"]),
+        (dict(DATA_SET="ssv2", DATA_PATH="x", METHODS="tube block"), ["METHODS=block", "tats"]),
+        (dict(DATA_SET="demo", DATA_PATH="x"), ["DATA_SET=demo"]),
+        (dict(TO_SET="imagenet"), ["TO_SET=imagenet"]),
+        (dict(DATA_SET="custom", DATA_PATH="x"), ["NB_CLASSES"]),
+        (dict(METHODS=" "), ["METHODS is empty"]),
+        (dict(SEEDS=" "), ["SEEDS is empty"]),
+        (dict(SEEDS="0 one"), ["SEEDS=one"]),
+        (dict(MASK_RATIOS="0.5 2"), ["MASK_RATIOS=2", "between 0 and 1"]),
+        (dict(MASK_RATIOS="0"), ["MASK_RATIOS=0"]),
+        (dict(EVALUATIONS="finetune probe"), ["EVALUATIONS=probe", "linear_probe"]),
+        (dict(JOBS="0"), ["JOBS=0", "at least 1"]),
+        (dict(JOBS="auto"), ["JOBS=auto"]),
+        (dict(PRETRAIN_EPOCHS="08"), ["PRETRAIN_EPOCHS=08"]),
+        (dict(TATS_TAU="-0.1"), ["TATS_TAU=-0.1", "hide"]),
+        (dict(METHODS="listwise random"), ["METHODS=listwise random", "tube random"]),
+        (dict(METHODS="tats hide"), ["METHODS=tats hide", "tube random"]),
     ],
 )
-def test_settings_that_make_no_sense_are_said(environment, parts, tmp_path):
-    result = sweep(COMPARE / "table1.sh", OUTPUT_DIR=str(tmp_path), **environment)
-    assert result.returncode == 2
+def test_settings_that_make_no_sense_are_said_before_anything_starts(environment, parts, tmp_path):
+    for more in ({}, dict(LIST="1")):
+        if "SLURM_ARRAY_TASK_ID" not in environment or not more:
+            result = sweep(
+                COMPARE / "table1.sh", **dict(OUTPUT_DIR=str(tmp_path / "o"), PYTHON="false") | environment | more
+            )
+            assert result.returncode == 2 and not result.stdout
+            assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+            assert_names(result.stderr, *parts)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "script, environment, parts",
+    [
+        ("table2.sh", dict(DATA_SET="ssv2", DATA_PATH="x"), ["TO_SET"]),
+        ("map.sh", dict(SIZES="0.1-0.16 large"), ["SIZES=large"]),
+        ("map.sh", dict(SLURM_ARRAY_TASK_ID="0"), ["array"]),
+        ("ablations.sh", dict(SLURM_ARRAY_TASK_ID="0"), ["array"]),
+        ("ablations.sh", dict(BLOCKS="attention heads"), ["BLOCKS=heads", "rollout"]),
+        ("collapse.sh", dict(MODEL_PATH="no/such/run"), ["no/such/run", "make compare"]),
+        ("collapse.sh", dict(MODEL_PATH=".", MASK_RATIOS="0.75 0.85"), ["MASK_RATIOS"]),
+        ("collapse.sh", dict(MODEL_PATH=".", OBJECTIVES="ppo dpo"), ["OBJECTIVES=dpo"]),
+    ],
+)
+def test_the_other_sweeps_say_it_too(script, environment, parts, tmp_path):
+    result = sweep(COMPARE / script, **dict(OUTPUT_DIR=str(tmp_path / "o"), PYTHON="false") | environment)
+    assert result.returncode == 2 and not result.stdout and not list(tmp_path.iterdir())
     assert_names(result.stderr, "error: ", *parts)
-    result = sweep(COMPARE / "table2.sh", DATA_SET="ssv2", DATA_PATH="x")
-    assert result.returncode == 2
-    assert_names(result.stderr, "error: ", "TO_SET")
+
+
+def test_off_is_0_and_a_dry_run_is_the_list(tmp_path):
+    on = sweep(COMPARE / "embedded.sh", DRY_RUN="1", LIST="0", OUTPUT_DIR="o", cwd=tmp_path)
+    assert on.stdout == sweep(COMPARE / "embedded.sh", LIST="1").stdout and not list(tmp_path.iterdir())
+    script = ROOT / "scripts/custom/pretrain_random.sh"
+    off = sweep(script, DRY_RUN="0", DATA_PATH="x", GPUS="0", PYTHON="echo")
+    assert off.stdout.startswith(str(ROOT / "run_mae_pretraining.py --data_path x"))  # run
+    for flag in (dict(EPOCHS="1e2"), dict(GPUS="two"), dict(NODES="0")):
+        result = sweep(script, DATA_PATH="x", PYTHON="echo", **flag)
+        assert result.returncode == 2 and not result.stdout
+        assert_names(result.stderr, "error: ", "=".join(*flag.items()), "whole number")
+
+
+def test_flags_with_spaces_stay_whole(tmp_path):
+    (tmp_path / "a b").mkdir()
+    found = sweep(COMPARE / "collapse.sh", LIST="1", MODEL_PATH="a b", SEEDS="0", cwd=tmp_path)
+    line = found.stdout.splitlines()[0]
+    assert shlex.split(line)[-2:] == ["--finetune", str(tmp_path / "a b")]
 
 
 def small_sweep(shapes: Path, out: Path) -> dict[str, str]:
@@ -109,7 +177,9 @@ PYTHON = r"""#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
 folder=$(sed -n 's/.*--output_dir \([^ ]*\).*/\1/p' <<< "$*")
 [ -z "$FAIL" ] || [[ $* != *$FAIL* ]] || exit 3
+[ -z "${WAIT:-}" ] || { touch "$WAIT.$$"; exec sleep 60; }
 case $1 in
+    *moving_shapes.py) exec "$REAL" "$@" ;;
     *run_mae_pretraining.py) mkdir -p "$folder" && touch "$folder/checkpoint-2.pth" "$folder/checkpoint-11.pth" ;;
     *run_class_finetuning.py) mkdir -p "$folder" && touch "$folder/test.json" ;;
 esac
@@ -148,6 +218,111 @@ def test_finished_parts_are_passed_over_and_failures_named(tmp_path):
     assert result.returncode == 1
     assert_names(result.stdout, "random-ratio0.85-seed1", "status 3")
     assert [name for name, *_ in found] == [trained[0], *trained[1:3], "compare_runs.py"]  # scratch's are done
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """Starts a sweep of the stand-in, from tmp_path; returns its result and the calls of its programs."""
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    (tmp_path / "shapes").mkdir()
+    fixed = small_sweep(Path("shapes"), Path("out")) | dict(
+        PYTHON=str(python), CALLS=str(calls), FAIL="", EVALUATIONS="finetune"
+    )
+
+    def run(script: str = "embedded.sh", **more: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+        calls.write_text("")
+        result = sweep(COMPARE / script, cwd=tmp_path, **fixed | more)
+        return result, [shlex.split(line) for line in calls.read_text().splitlines()]
+
+    fixed["REAL"] = sys.executable
+    run.environment = fixed
+    return run
+
+
+def test_paths_are_relative_to_where_the_command_is_given(quick, tmp_path):
+    result, calls = quick()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert calls[0][calls[0].index("--data_path") + 1] == str(tmp_path / "shapes/train.csv")
+    assert (tmp_path / "out/random-ratio0.85-seed0/finetune/test.json").exists()
+
+
+@pytest.mark.parametrize(
+    "more, part",
+    [
+        (dict(PRETRAIN_EPOCHS="3"), "pretrain was started with other flags (was --epochs 2, now --epochs 3)"),
+        (dict(FINETUNE_EPOCHS="12"), "finetune was started with other flags (was --epochs 8, now --epochs 12)"),
+        (dict(PRETRAIN_EXTRA="--drop_path 0.1"), "now --drop_path 0.1"),
+        (dict(LR="3"), "now --lr 3"),
+    ],
+)
+def test_another_protocol_is_refused_and_not_passed_over(quick, tmp_path, more, part):
+    assert quick()[0].returncode == 0
+    result, calls = quick(**more)
+    assert result.returncode == 1 and [Path(call[0]).name for call in calls] == ["compare_runs.py"]
+    assert_names(result.stdout, "random-ratio0.85-seed0: status 2", part, "another OUTPUT_DIR")
+    result, calls = quick(NUM_WORKERS="3", SEEDS="0 1")  # no other result; more seeds
+    assert result.returncode == 0 and len(calls) == 3, result.stdout
+    (tmp_path / "out/random-ratio0.85-seed0/pretrain/checkpoint-11.pth").unlink()  # to have the space
+    (tmp_path / "out/random-ratio0.85-seed0/pretrain/checkpoint-2.pth").unlink()
+    assert len(quick()[1]) == 1
+
+
+def test_shapes_of_other_settings_are_refused(quick, tmp_path):
+    data = write_dataset(tmp_path / "small", train=10, val=10, size=32, frames=4, num_shapes=2)
+    for flags in ({}, dict(SHAPES_FLAGS="--num_shapes 2")):
+        assert quick(DATA_PATH=str(data), **flags)[0].returncode == 0
+    for flags, part in ((dict(SHAPES_FLAGS="--num_shapes 3"), "num_shapes"), (dict(INPUT_SIZE="64"), "size")):
+        result, calls = quick(DATA_PATH=str(data), **flags)
+        assert result.returncode and [Path(call[0]).name for call in calls] == ["moving_shapes.py"]
+        assert_names(result.stderr, "error: ", data, "other settings", part)
+    result, _ = quick(DATA_PATH=str(tmp_path / "new"), SHAPES_FLAGS="--num_shapes -1")
+    assert result.returncode and not list(tmp_path.glob("new*"))
+
+
+def test_measures_are_made_once(quick, tmp_path):
+    for evaluations in ("", "finetune"):
+        out = tmp_path / f"out_{evaluations}"
+        _, calls = quick(MEASURE="1", EVALUATIONS=evaluations, OUTPUT_DIR=str(out))
+        names = [Path(call[0]).stem for call in calls]
+        assert [name for name in names if name != "run_class_finetuning"] == [
+            "run_mae_pretraining", "measure", "compare_runs",
+        ]  # fmt: skip
+        (out / "random-ratio0.85-seed0/pretrain/measures.json").touch()
+        assert len(quick(MEASURE="1", EVALUATIONS=evaluations, OUTPUT_DIR=str(out))[1]) == 1
+
+
+def test_a_table_is_asked_for_that_tells_the_methods_apart(quick):
+    def asked(methods: str, script: str) -> str:
+        return " ".join(quick(script, METHODS=methods, OUTPUT_DIR=f"out_{methods}", MASK_RATIOS="0.85")[1][-1])
+
+    by = "--by mask_type mask_ratio tats_objective tats_tau"
+    assert f"{by} --baseline random" in asked("random tats hide scratch", "embedded.sh")
+    assert f"{by} --baseline tats" in asked("listwise", "embedded.sh")  # alone, of an array
+    assert "--baseline tats" in asked("tats tube", "table1.sh") and "--by" not in asked("tats tube", "table1.sh")
+
+
+def test_a_sweep_that_is_told_to_stop_leaves_nothing_running(quick, tmp_path):
+    wait = tmp_path / "started"
+    environment = os.environ | quick.environment | dict(WAIT=str(wait), SEEDS="0 1 2", JOBS="2")
+    command = ["bash", str(COMPARE / "embedded.sh")]
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(started := list(tmp_path.glob("started.*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=30) == 143 and process.stderr.read() == "stopped; the same command goes on\n"
+    assert len(started) == 2 and list(tmp_path.glob("started.*")) == started  # the third did not start
+
+    def runs(path: Path) -> bool:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return " Z " not in Path(f"/proc/{path.suffix[1:]}/stat").read_text()
+        return False
+
+    while any(map(runs, started)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(runs, started))
 
 
 @pytest.mark.slow

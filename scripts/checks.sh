@@ -1,0 +1,33 @@
+# Sourced by common.sh and compare/sweep.sh: one clear error before anything starts.
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# need_whole NAME LEAST: the variable, where it is set, is a whole number.
+need_whole() {
+    local value=${!1:-$2}
+    [[ $value =~ ^(0|[1-9][0-9]{0,8})$ && $value -ge $2 ]] || refuse "$1=$value: must be a whole number of at least $2"
+}
+
+# need_words NAME CHOICES: the variable, a list, has words, and none but these.
+need_words() {
+    local word
+    [ -n "${!1// /}" ] || refuse "$1 is empty: choose of $2"
+    for word in ${!1}; do
+        [[ " $2 " == *" $word "* ]] || refuse "$1=$word: choose of $2"
+    done
+}
+
+# make_absolute NAME...: paths, seen from where the command was given; a sweep goes to the repository.
+make_absolute() {
+    local name
+    for name in "$@"; do
+        if [ -n "${!name:-}" ]; then printf -v "$name" %s "$(realpath -ms -- "${!name}")"; fi
+    done
+}
+
+# 0 is off, as an empty value is.
+for name in DRY_RUN LIST; do
+    if [ "${!name:-}" = 0 ]; then unset "$name"; fi
+done
