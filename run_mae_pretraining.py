@@ -180,7 +180,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--tats_objective",
         default="ppo",
         choices=list(OBJECTIVES),
-        help="what TATS learns from: ppo (the paper), or listwise, which cannot collapse (docs/SAMPLER.md)",
+        help="what TATS learns from: ppo (the paper), or listwise, which has an end point (docs/SAMPLER.md)",
     )
     group.add_argument(
         "--tats_tau",

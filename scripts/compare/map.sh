@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Where do adaptive masks help? Size of the moving shape x mask ratio x mask, on the embedded data; map.png and table.md with
-# the differences from random masks. bash scripts/compare/map.sh; 5 to 8 minutes per run, two at a time on two cores; shapes of
+# the differences from random masks. bash scripts/compare/map.sh; 5 to 12 minutes per run, two at a time on two cores; shapes of
 # the default size share the runs of make compare.
 #   SIZES   ranges of the radius in sides, as "0.1-0.16 0.175-0.28"; the others: scripts/compare/sweep.sh
 set -euo pipefail
@@ -10,19 +10,19 @@ source "$REPOSITORY/scripts/checks.sh"
 make_absolute OUTPUT_DIR DATA_PATH
 OUTPUT=${OUTPUT_DIR:-$REPOSITORY/output/compare} SHAPES=${DATA_PATH:-$REPOSITORY/output/shapes}
 SIZES=${SIZES:-0.1-0.16 0.175-0.28}
-export METHODS=${METHODS:-random motion adamae listwise} SEEDS=${SEEDS:-0 1 2} MASK_RATIOS=${MASK_RATIOS:-0.75 0.85 0.95}
+export METHODS=${METHODS:-random motion adamae listwise} SEEDS=${SEEDS:-0 1 2} MASK_RATIOS=${MASK_RATIOS:-0.75 0.85}
 folders=()
 for size in $SIZES; do
     [[ $size =~ ^[0-9.]+-[0-9.]+$ ]] || refuse "SIZES=$size: must be ranges as 0.1-0.16"
 done
 for size in $SIZES; do
     if [ "$size" = 0.175-0.28 ]; then # the default
-        folder=$OUTPUT/embedded data=$SHAPES flags=
+        folder=$OUTPUT/embedded data=$SHAPES flags='' epochs=8
     else
-        folder=$OUTPUT/size_$size data=${SHAPES}_$size flags="--shape_size ${size/-/ }"
+        folder=$OUTPUT/size_$size data=${SHAPES}_$size flags="--shape_size ${size/-/ }" epochs=20 # small ones leave chance later
     fi
     folders+=("$folder")
-    SHAPES_FLAGS="$flags ${SHAPES_FLAGS:-}" DATA_PATH=$data OUTPUT_DIR=$folder \
+    FINETUNE_EPOCHS=${FINETUNE_EPOCHS:-$epochs} SHAPES_FLAGS="$flags ${SHAPES_FLAGS:-}" DATA_PATH=$data OUTPUT_DIR=$folder \
         bash "$REPOSITORY/scripts/compare/embedded.sh" || failed=1
 done
 [ -z "${LIST:-}${DRY_RUN:-}" ] || exit 0

@@ -59,7 +59,7 @@ def test_scratch_knows_no_ratio():
 
 def test_the_map_is_every_method_at_every_size_and_ratio_with_every_seed():
     found = units(COMPARE / "map.sh", DATA_PATH="shapes", METHODS="random motion", SEEDS="0 1")
-    expected = [(method, ratio, seed) for ratio in ("0.75", "0.85", "0.95") for method in ("random", "motion")
+    expected = [(method, ratio, seed) for ratio in ("0.75", "0.85") for method in ("random", "motion")
                 for seed in "01"]  # fmt: skip
     assert sorted(tuple(words[1:]) for words in found) == sorted(2 * expected)  # two sizes
 
