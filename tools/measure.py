@@ -1,5 +1,5 @@
-"""What frozen features and reconstructions of pre-trained autoencoders say, without training: seconds per run, and the
-same checkpoint gives the same numbers.
+"""What frozen features and reconstructions of pre-trained autoencoders say, without training: the same checkpoint gives
+the same numbers. For small data sets, as the embedded one (half a minute per run): all clips and tokens are in memory.
 
     python tools/measure.py output/compare/embedded --data_path output/shapes
 
@@ -36,7 +36,7 @@ from run_mae_vis import Trained, middle_frames, read_clip
 from runtime.checkpoint import checkpoint_files
 from runtime.knn import knn_votes, standardized
 from tools.common import Formatter, run_tool, write_text
-from tools.run_folders import MEASURES
+from tools.run_folders import MEASURES, PRETRAINING, args_of, kind_of, read_json
 from utils import UsageError
 
 FEW_LABELS = (100, 300, 1000)
@@ -201,8 +201,7 @@ def runs_below(folders: list[str]) -> list[Path]:
         if not os.path.isdir(folder):
             raise UsageError(f"{folder}: no such folder")
         for path in sorted(Path(folder).rglob("args.json")):
-            args = json.loads(path.read_text(encoding="utf-8")).get("args", {})
-            if "mask_type" in args and checkpoint_files(path.parent):
+            if kind_of(args_of(path)) == PRETRAINING and checkpoint_files(path.parent):
                 found.append(path.parent)
     if not found:
         raise UsageError(f"{' '.join(folders)}: no pre-training run with a checkpoint in it")
@@ -217,7 +216,7 @@ def measure_runs(args: argparse.Namespace) -> None:
         settings = {"checkpoint": checkpoint.name, "data_path": args.data_path, "mask_ratio": args.mask_ratio}
         path = folder / MEASURES
         if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = read_json(path)
             if all(known.get(name) == value for name, value in settings.items()):
                 print(f"{folder}: measured before")
                 continue

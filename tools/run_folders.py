@@ -151,13 +151,18 @@ def task_of(args: dict, place: Path) -> Task:
     return TASKS[name]
 
 
+def args_of(path: Path) -> dict:
+    """The flags in an args.json, none where it is of something else. Raises UsageError."""
+    args = read_json(path).get("args")
+    return args if isinstance(args, dict) else {}
+
+
 def read_run(folder: Path) -> Run:
     """Raises UsageError."""
     path = folder / "args.json"
-    content = read_json(path)
-    args = content.get("args")
+    content, args = read_json(path), args_of(path)
     needed = {"seed": int, "epochs": int, "data_path": str, "finetune": str, "output_dir": str}
-    if not isinstance(args, dict) or not all(isinstance(args.get(name), kind) for name, kind in needed.items()):
+    if not all(isinstance(args.get(name), kind) for name, kind in needed.items()):
         raise UsageError(f"{path}: args lacks one of the flags {', '.join(needed)}: leave its folder out")
     args["data_path"] = os.path.normpath(args["data_path"])
     made_with = {

@@ -129,9 +129,16 @@ def test_the_motion_probe_finds_what_features_say(trained):
 
 
 def test_what_cannot_be_measured_is_said(trained, tmp_path):
+    broken = {"torn": '{"args": {', "list": "[1]"}
+    for name, text in broken.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(text)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/args.json").write_text('{"args": null}')  # of another program
     for arguments, parts in (
+        *(([str(tmp_path / name), "--data_path", "x"], [str(tmp_path / name / "args.json")]) for name in broken),
         (["no/such", "--data_path", "x"], ["no/such"]),
-        ([str(tmp_path), "--data_path", "x"], [str(tmp_path)]),
+        ([str(tmp_path / "empty"), "--data_path", "x"], [str(tmp_path / "empty")]),
         ([str(trained), "--data_path", str(tmp_path)], [str(tmp_path / "train.csv")]),
         ([str(trained), "--data_path", "x", "--mask_ratio", "1.5"], ["--mask_ratio 1.5"]),
     ):
