@@ -115,7 +115,9 @@ step() {
     fi
     [ -z "$finished" ] || return 0
     mkdir -p "$folder"
-    [ -f "$folder/args.json" ] || echo "$flags" > "$folder/flags.txt"
+    if ! [ -f "$folder/args.json" ]; then # in one move: several tasks of a job do it
+        echo "$flags" > "$folder/flags.txt.$HOSTNAME.$BASHPID" && mv "$folder/flags.txt.$HOSTNAME.$BASHPID" "$folder/flags.txt"
+    fi
     OUTPUT_DIR=$folder bash "$script" "$@"
 }
 

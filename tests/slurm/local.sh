@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A real Slurm on this machine, two nodes and two partitions, kept in a temporary folder: a small TATS run is preempted
-# in mid-epoch, told to stop by SIGUSR1 in another, and must end with the losses of an undisturbed run. Prints PASS, or
-# SKIP where it cannot run: it needs root, slurm-wlm and munge, and installs nothing. About 2 minutes on 2 cores.
+# in mid-epoch, told to stop by SIGUSR1 in another, and must end with the losses of an undisturbed run; then a comparison
+# as an array. Prints PASS, or SKIP where it cannot run: it needs root, slurm-wlm and munge, and installs nothing. About 3
+# minutes on 2 cores.
 source "$(dirname "${BASH_SOURCE[0]}")/../../scripts/common.sh"
 
 skip() {
@@ -181,4 +182,16 @@ for undisturbed, disturbed in zip(*runs, strict=True):
         if not name.endswith(("_time", "_memory")) and undisturbed[name] != disturbed[name]:
             sys.exit(f"error: {name} differs: {undisturbed[name]} and {disturbed[name]}")
 PY
-echo "PASS: preempted, stopped by a signal, and the same losses ($SECONDS s)"
+
+# a job per unit, and no table
+array=$(DATA_PATH=$WORK/data OUTPUT_DIR=$WORK/array METHODS="random tube" EVALUATIONS='' MEASURE='' SEEDS=0 PRETRAIN_EPOCHS=1 \
+    sbatch --parsable --array=0-1 --partition=low --nodes=1 --gpus-per-node=0 --ntasks-per-node=1 --cpus-per-task=1 --time=10 \
+    --output="$WORK/array_%a.out" scripts/slurm/pretrain.sbatch scripts/compare/embedded.sh)
+echo "job $array: two units of a comparison"
+array_has_left() { ! squeue --noheader --jobs="$array" | grep -q .; }
+wait_for 240 "the end of the array" array_has_left
+[ "$(cd "$WORK/array" && echo *)" = "random-ratio0.85-seed0 tube-ratio0.85-seed0" ] || die "the array did not run its two units"
+for unit in "$WORK"/array/*; do
+    [ -f "$unit/pretrain/checkpoint-0.pth" ] || die "$unit has no checkpoint"
+done
+echo "PASS: preempted, stopped by a signal, and the same losses; an array of a comparison ($SECONDS s)"
