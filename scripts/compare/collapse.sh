@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # How many samplers collapse: objectives x learning rates x seeds, each from the same autoencoder (MODEL_PATH, pre-trained with
-# random masks). bash scripts/compare/collapse.sh; counts collapsed runs (contrast above 5 or entropy below 0.7 in the last epoch's mean).
+# random masks). bash scripts/compare/collapse.sh; counts collapsed runs (contrast above 5 or entropy below 0.7, means of the last
+# epoch).
 # Settings: scripts/compare/sweep.sh. About 25 seconds per run on one core: 30 runs per objective.
 export PRETRAIN_EPOCHS=${PRETRAIN_EPOCHS:-1} BATCH_SIZE=${BATCH_SIZE:-4} NUM_SAMPLE=${NUM_SAMPLE:-1} TATS_START_EPOCH=0
 export JOBS=${JOBS:-$(nproc)} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} EVALUATIONS= MEASURE=
