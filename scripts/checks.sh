@@ -27,6 +27,20 @@ make_absolute() {
     done
 }
 
+# run_sweep COMMAND...: one of several sweeps, which is told to stop when this shell is.
+run_sweep() {
+    local status=0 inner
+    set -m
+    "$@" < /dev/null &
+    inner=$!
+    set +m
+    trap 'kill -TERM "$inner" 2> /dev/null; wait "$inner"; exit 143' TERM INT HUP
+    wait "$inner" || status=$?
+    trap - TERM INT HUP
+    [ "$status" -ne 143 ] || exit 143
+    return "$status"
+}
+
 # 0 is off, as an empty value is.
 for name in DRY_RUN LIST; do
     if [ "${!name:-}" = 0 ]; then unset "$name"; fi

@@ -15,6 +15,7 @@ export TATS_START_EPOCH=${TATS_START_EPOCH:-2} TATS_LOGIT_CAP=${TATS_LOGIT_CAP:-
 export JOBS=${JOBS:-$(nproc)} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 declare -A BASELINE=([attention]=trajectory [tats_blocks]=1 [decoder_depth]=2 [loss]=mse [rollout]=2 [coefficients]=1e-4)
 for block in $BLOCKS; do
-    OUTPUT_DIR=${OUTPUT_DIR:+$OUTPUT_DIR/$block} bash "$(dirname "${BASH_SOURCE[0]}")/../ablations/$block.sh" --baseline "${BASELINE[$block]}" "$@" || failed=1
+    OUTPUT_DIR=${OUTPUT_DIR:+$OUTPUT_DIR/$block} run_sweep bash "$(dirname "${BASH_SOURCE[0]}")/../ablations/$block.sh" \
+        --baseline "${BASELINE[$block]}" "$@" || failed=1
 done
 [ -z "${failed:-}" ]

@@ -32,6 +32,7 @@ export SCALE=${SCALE:-paper}
 if [ "$SCALE" = tiny ]; then export GPUS=${GPUS:-0}; fi
 
 make_absolute DATA_PATH TO_PATH OUTPUT_DIR MODEL_PATH
+case ${PYTHON:-} in */*) make_absolute PYTHON ;; esac
 cd "$REPOSITORY"
 [ -n "${DATA_PATH:-}" ] || refuse "set DATA_PATH to a folder with train.csv and val.csv"
 for name in DATA_SET TO_SET; do
@@ -98,27 +99,40 @@ add_variants() {
 
 interpreter() { if [ -n "${PYTHON:-}" ]; then echo "$PYTHON"; else (source scripts/common.sh && echo "$PYTHON"); fi; }
 
+# What changes no result: where a unit's files are, and how it is run and saved.
+FREE='data_path|output_dir|log_dir|finetune|num_workers|pin_mem|device|print_freq|picture_freq|save_ckpt|save_ckpt_freq'
+FREE+='|save_ckpt_minutes|keep_last|use_checkpoint|checkpoint_modules'
+
+# flags_of SCRIPT FLAGS...: what it gives its program, a line per flag, without those of FREE.
+flags_of() {
+    MODEL_PATH=none DRY_RUN=1 bash "$@" | awk '
+        begun && /^--/ && line { print line; line = "" }
+        begun { line = line (line ? " " : "") $0 }
+        /run_[a-z_]*\.py$/ { begun = 1 }
+        END { print line }' | sed -E "/^--(no-)?($FREE)( |\$)/d"
+}
+
 # step FOLDER DONE SCRIPT FLAGS...: one program of a unit; DONE (not empty): only the check of its flags, which are kept beside
-# what it writes. Paths, and what changes no result, are not compared.
+# what it writes.
 step() {
-    local folder=$1 finished=$2 script=$3 flags changed
-    shift 3
-    flags=$(MODEL_PATH=none OUTPUT_DIR=$folder DRY_RUN=1 bash "$script" "$@") || return
-    flags=$(sed '1,/run_[a-z_]*\.py$/d' <<< "$flags" | tr '\n' ' ' | sed 's/ --/\n--/g' |
-        sed -E '/^--(data_path|output_dir|log_dir|finetune|num_workers|device)( |$)/d; s/ +$//')
-    if [ -f "$folder/flags.txt" ]; then
-        changed=$(diff "$folder/flags.txt" - <<< "$flags" | sed -n 's/^< /was /p; s/^> /now /p' | paste -sd ',' | sed 's/,/, /g')
+    local folder=$1 finished=$2 flags changed
+    shift 2
+    [ -z "${stopped:-}" ] || return 75
+    flags=$(OUTPUT_DIR=$folder flags_of "$@") || return
+    if [ -n "$finished" ] || compgen -G "$folder/checkpoint-*" > /dev/null; then
+        changed=
+        if [ -f "$folder/flags.txt" ]; then # sweeps of earlier revisions have none
+            changed=$(diff "$folder/flags.txt" - <<< "$flags" | sed -n 's/^< /was /p; s/^> /now /p' | paste -sd ',' | sed 's/,/, /g')
+        fi
         if [ -n "$changed" ]; then
             echo "error: $folder was started with other flags ($changed): use another OUTPUT_DIR, or delete its flags.txt" >&2
             return 2
         fi
-    fi
-    [ -z "$finished" ] || return 0
-    mkdir -p "$folder"
-    if ! [ -f "$folder/args.json" ]; then # in one move: several tasks of a job do it
+    else # in one move: several tasks of a job do it
+        mkdir -p "$folder"
         echo "$flags" > "$folder/flags.txt.$HOSTNAME.$BASHPID" && mv "$folder/flags.txt.$HOSTNAME.$BASHPID" "$folder/flags.txt"
     fi
-    OUTPUT_DIR=$folder bash "$script" "$@"
+    [ -n "$finished" ] || OUTPUT_DIR=$folder bash "$@"
 }
 
 newest_checkpoint() { find "$1" -maxdepth 1 -name 'checkpoint-[0-9]*.pth' ! -name '*-step*' | sort -V | tail -n 1; }
@@ -126,7 +140,8 @@ newest_checkpoint() { find "$1" -maxdepth 1 -name 'checkpoint-[0-9]*.pth' ! -nam
 # run_unit NAME METHOD RATIO SEED FLAGS...: in a subshell. DATA_PATH, DATA_SET: of pre-training; TO_SET, TO_PATH: of the
 # fine-tuning where it is another, TO its name.
 run_unit() {
-    local folder=$OUTPUT/$1 method=$2 script
+    local folder=$OUTPUT/$1 method=$2 script stopped=
+    trap stopped=1 TERM USR1 # the program saves itself; this shell waits for it, and starts no other
     export MASK_RATIO=$3 SEED=$4
     shift 4
     case $method in
@@ -151,8 +166,8 @@ run_unit() {
         # shellcheck disable=SC2086  # the extra flags are several words
         EPOCHS=${PRETRAIN_EPOCHS:-${EPOCHS:-}} DATA_PATH=$DATA_PATH/train.csv \
             step "$folder/pretrain" "$finished" "scripts/$DATA_SET/$script" "$@" ${PRETRAIN_EXTRA:-} || return
-        checkpoint=$(newest_checkpoint "$folder/pretrain")
-        if [ -n "${MEASURE:-}" ] && [ -z "$finished" ]; then
+        checkpoint=$(newest_checkpoint "$folder/pretrain") || true # removed, of a finished unit
+        if [ -n "${MEASURE:-}" ] && [ -z "$finished$stopped" ]; then
             "$(interpreter)" tools/measure.py "$folder/pretrain" --data_path "$DATA_PATH" || return
         fi
     fi
@@ -170,9 +185,12 @@ run_unit() {
 # check_units: before any of them starts.
 check_units() {
     local unit words
+    local -A known=()
     [ "${#UNITS[@]}" -gt 0 ] || refuse "no units: METHODS, MASK_RATIOS or SEEDS is empty"
     for unit in "${UNITS[@]}"; do
         eval "words=($unit)"
+        [ -z "${known[${words[0]}]:-}" ] || refuse "${words[0]}: twice, METHODS, MASK_RATIOS or SEEDS repeat a word"
+        known[${words[0]}]=1
         [[ ${words[2]} =~ ^0?\.[0-9]*[1-9][0-9]*$ ]] || refuse "MASK_RATIOS=${words[2]}: must be between 0 and 1"
         [[ ${words[3]} =~ ^[0-9]{1,9}$ ]] || refuse "SEEDS=${words[3]}: must be a whole number of at least 0"
     done
@@ -181,7 +199,7 @@ check_units() {
     fi
 }
 
-# stop_units: what they run is told to stop, saves itself, and a sweep that was told to stop leaves nothing behind.
+# stop_units: their programs are told to stop and save themselves; a sweep that was stopped leaves nothing running.
 stop_units() {
     local job
     for job in $(jobs -p); do kill -TERM -- "-$job" 2>/dev/null || true; done
@@ -214,19 +232,20 @@ run_units() {
         eval "words=($unit)"
         mkdir -p "$OUTPUT/${words[0]}"
         (
+            trap : TERM # outlive it
             status=0
             (run_unit "${words[@]}") >> "$OUTPUT/${words[0]}/log.txt" 2>&1 < /dev/null || status=$?
             if [ $status -eq 0 ]; then
                 echo "$(date +%T) ${words[0]}: finished"
             else
-                echo "$(date +%T) ${words[0]}: status $status, see $OUTPUT/${words[0]}/log.txt:" \
-                    "$(tail -n 1 "$OUTPUT/${words[0]}/log.txt")" | tee -a "$failed"
+                echo "$(date +%T) ${words[0]}: status $status, see $OUTPUT/${words[0]}/log.txt" \
+                    "$(tail -n 20 "$OUTPUT/${words[0]}/log.txt" | grep ^error: | tail -n 1)" | tee -a "$failed"
             fi
         ) &
     done
     wait
     trap - TERM INT HUP
     set +m
-    "$(interpreter)" tools/compare_runs.py "$OUTPUT" --output "$OUTPUT" "$@"
+    "$(interpreter)" tools/compare_runs.py "$OUTPUT" --output "$OUTPUT" "$@" || return
     [ ! -f "$failed" ]
 }

@@ -18,12 +18,11 @@ write_shapes() {
             ! grep -q "\"size\": $INPUT_SIZE," "$settings"; then
             # shellcheck disable=SC2046,SC2086  # the flags are several words
             "$PYTHON" "$writer" --output "$1" --size "$INPUT_SIZE" \
-                $(sed -nE 's/^ "(train|val|frames|seed)": ([0-9]+),$/--\1 \2/p' "$settings") $SHAPES_FLAGS >&2
+                $(sed -nE 's/^ "(train|val|frames|seed)": ([0-9]+),$/--\1 \2/p' "$settings") $SHAPES_FLAGS >&2 || return
         fi
-        return
+        return 0
     fi
-    mkdir -p "$(dirname "$1")"
-    new=$(mktemp -d "$1.XXXXXX")
+    { mkdir -p "$(dirname "$1")" && new=$(mktemp -d "$1.XXXXXX"); } || return 2
     # shellcheck disable=SC2086  # the flags are several words
     "$PYTHON" "$writer" --output "$new" --train 3000 --val 1000 --size "$INPUT_SIZE" $SHAPES_FLAGS >&2 || {
         rm -rf "$new"

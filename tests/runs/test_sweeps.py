@@ -1,6 +1,5 @@
 """Sweeps of scripts/compare and scripts/ablations: their units, and one small sweep, killed and gone on with."""
 
-import contextlib
 import csv
 import json
 import os
@@ -113,6 +112,7 @@ def test_ablations_have_the_papers_rows_and_flags_that_exist(path):
         (dict(TATS_TAU="-0.1"), ["TATS_TAU=-0.1", "hide"]),
         (dict(METHODS="listwise random"), ["METHODS=listwise random", "tube random"]),
         (dict(METHODS="tats hide"), ["METHODS=tats hide", "tube random"]),
+        (dict(SEEDS="1 0 1"), ["tube-ratio0.85-seed1", "twice"]),
     ],
 )
 def test_settings_that_make_no_sense_are_said_before_anything_starts(environment, parts, tmp_path):
@@ -177,7 +177,11 @@ PYTHON = r"""#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
 folder=$(sed -n 's/.*--output_dir \([^ ]*\).*/\1/p' <<< "$*")
 [ -z "$FAIL" ] || [[ $* != *$FAIL* ]] || exit 3
-[ -z "${WAIT:-}" ] || { touch "$WAIT.$$"; exec sleep 60; }
+if [ -n "${WAIT:-}" ]; then
+    trap 'sleep 0.5; touch "$WAIT.$$.saved"; exit "${CODE:-75}"' TERM
+    touch "$WAIT.$$"
+    for _ in $(seq 600); do sleep 0.1; done
+fi
 case $1 in
     *moving_shapes.py) exec "$REAL" "$@" ;;
     *run_mae_pretraining.py) mkdir -p "$folder" && touch "$folder/checkpoint-2.pth" "$folder/checkpoint-11.pth" ;;
@@ -262,11 +266,35 @@ def test_another_protocol_is_refused_and_not_passed_over(quick, tmp_path, more, 
     result, calls = quick(**more)
     assert result.returncode == 1 and [Path(call[0]).name for call in calls] == ["compare_runs.py"]
     assert_names(result.stdout, "random-ratio0.85-seed0: status 2", part, "another OUTPUT_DIR")
-    result, calls = quick(NUM_WORKERS="3", SEEDS="0 1")  # no other result; more seeds
+    free = dict(NUM_WORKERS="3", SAVE_FREQ="7", PRETRAIN_EXTRA="--keep_last 2 --no-pin_mem")  # no other result
+    result, calls = quick(SEEDS="0 1", **free)
     assert result.returncode == 0 and len(calls) == 3, result.stdout
     (tmp_path / "out/random-ratio0.85-seed0/pretrain/checkpoint-11.pth").unlink()  # to have the space
     (tmp_path / "out/random-ratio0.85-seed0/pretrain/checkpoint-2.pth").unlink()
     assert len(quick()[1]) == 1
+    for path in tmp_path.glob("out/*/*/flags.txt"):  # as sweeps of earlier revisions
+        path.unlink()
+    assert len(quick(**more)[1]) == 1
+
+
+def test_flags_that_trained_nothing_are_not_held_to(quick, tmp_path):
+    for flags in ("--tpyo 1", "--drop_path 0.2"):
+        result, calls = quick(PRETRAIN_EXTRA=flags, FAIL="tpyo")
+        assert result.returncode == ("tpyo" in flags) and flags in " ".join(calls[0])
+    assert "--drop_path 0.2" in (tmp_path / "out/random-ratio0.85-seed0/pretrain/flags.txt").read_text()
+
+
+def test_a_table_that_fails_is_the_status_of_the_sweep(quick, tmp_path):
+    (tmp_path / "start.pth").touch()
+    for script in ("embedded.sh", "collapse.sh"):
+        result, calls = quick(script, FAIL="compare_runs", MODEL_PATH="start.pth", OBJECTIVES="ppo", RATES="1e-3")
+        assert result.returncode and len(calls) > 1
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(quick, tmp_path):
+    (tmp_path / "file").touch()
+    result, calls = quick(DATA_PATH="file/shapes")
+    assert result.returncode and not calls and "file" in result.stderr
 
 
 def test_shapes_of_other_settings_are_refused(quick, tmp_path):
@@ -303,26 +331,32 @@ def test_a_table_is_asked_for_that_tells_the_methods_apart(quick):
     assert "--baseline tats" in asked("tats tube", "table1.sh") and "--by" not in asked("tats tube", "table1.sh")
 
 
-def test_a_sweep_that_is_told_to_stop_leaves_nothing_running(quick, tmp_path):
-    wait = tmp_path / "started"
-    environment = os.environ | quick.environment | dict(WAIT=str(wait), SEEDS="0 1 2", JOBS="2")
-    command = ["bash", str(COMPARE / "embedded.sh")]
-    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("script", ["embedded.sh", "map.sh", "ablations.sh"])
+def test_a_sweep_that_is_told_to_stop_waits_until_its_runs_are_saved(quick, tmp_path, script):
+    environment = os.environ | quick.environment | dict(WAIT=str(tmp_path / "run"), SEEDS="0 1 2", JOBS="2")
+    environment["SIZES"] = "0.175-0.28"  # the map's, of the shapes that are there
+    process = subprocess.Popen(
+        ["bash", str(COMPARE / script)], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 60
-    while len(started := list(tmp_path.glob("started.*"))) < 2 and time.monotonic() < deadline:
+    while len(started := set(tmp_path.glob("run.*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.terminate()
+    process.terminate()  # this shell alone
     assert process.wait(timeout=30) == 143 and process.stderr.read() == "stopped; the same command goes on\n"
-    assert len(started) == 2 and list(tmp_path.glob("started.*")) == started  # the third did not start
+    saved = {path.with_name(f"{path.name}.saved") for path in started}
+    assert len(started) == 2 and set(tmp_path.glob("run.*")) == started | saved  # and no other run started
 
-    def runs(path: Path) -> bool:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            return " Z " not in Path(f"/proc/{path.suffix[1:]}/stat").read_text()
-        return False
 
-    while any(map(runs, started)) and time.monotonic() < deadline:
+@pytest.mark.parametrize("code", ["75", "0"])  # stopped, or just finished: no fine-tuning starts
+def test_a_unit_of_an_array_saves_itself_before_its_job_ends(quick, tmp_path, code):
+    environment = os.environ | quick.environment | dict(WAIT=str(tmp_path / "run"), SLURM_ARRAY_TASK_ID="0", CODE=code)
+    process = subprocess.Popen(["bash", str(COMPARE / "embedded.sh")], env=environment, cwd=tmp_path, process_group=0)
+    deadline = time.monotonic() + 60
+    while not (started := list(tmp_path.glob("run.*"))) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not any(map(runs, started))
+    os.killpg(process.pid, signal.SIGTERM)  # as Slurm, every process of the step
+    assert process.wait(timeout=30) == 75  # back into the queue
+    assert set(tmp_path.glob("run.*")) == {started[0], started[0].with_name(f"{started[0].name}.saved")}
 
 
 @pytest.mark.slow
