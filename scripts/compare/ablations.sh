@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The paper's tables 3, 5 and 6 on the embedded data: scripts/ablations/ with measures of the checkpoint (tools/measure.py) in
-# place of fine-tuning. bash scripts/compare/ablations.sh; 28 runs per seed of 1,500 steps, TATS from step 750.
+# place of fine-tuning. bash scripts/compare/ablations.sh; 28 runs per seed of 1,500 steps, TATS from step 750: 47 minutes per
+# seed on two cores.
 # Settings: scripts/compare/sweep.sh.
 #   BLOCKS   of attention tats_blocks decoder_depth loss rollout coefficients
 set -euo pipefail
