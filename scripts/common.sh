@@ -91,6 +91,7 @@ case ${SCALE:-paper} in
         ;;
     tiny)
         EPOCHS=${EPOCHS:-20}
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # so small a step gains nothing from a second thread (docs/LOG.md)
         PRETRAIN_FLAGS=(--model "${MODEL:-pretrain_videomae_tiny_patch8_64}" --input_size "${INPUT_SIZE:-64}"
             --decoder_depth 2 --num_frames 8 --batch_size "${BATCH_SIZE:-4}" --num_sample "${NUM_SAMPLE:-4}"
             --lr "${LR:-1.28e-1}" --min_lr 0 --warmup_epochs "${WARMUP_EPOCHS:-1}" --epochs "$EPOCHS"

@@ -4,6 +4,7 @@
 # OUTPUT_DIR (default output/demo), PYTHON and further flags as in the other scripts.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 output=${OUTPUT_DIR:-$REPOSITORY/output/demo}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as the tiny scale
 model=${MODEL_PATH:-$output/tats/checkpoint-39.pth}
 data=$output/finetune_data
 

@@ -3,6 +3,7 @@
 # About 4 minutes on 2 CPU cores. OUTPUT_DIR (default output/demo), PYTHON and further flags as in the other scripts.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 output=${OUTPUT_DIR:-$REPOSITORY/output/demo}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as the tiny scale
 
 [ -n "${DRY_RUN:-}" ] || "$PYTHON" "$REPOSITORY/datasets/moving_shapes.py" --output "$output/data"
 
