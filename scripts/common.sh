@@ -149,7 +149,7 @@ finetune() {
         echo "  MODEL_PATH=output/ssv2_tats/checkpoint-399.pth DATA_PATH=/data/ssv2 bash $0" >&2
         exit 2
     fi
-    # one folder for each starting point and mode: a folder goes on with the run it holds
+    # one folder for each starting point and mode: if a folder contains a run, it is resumed
     local flag from=scratch
     for flag in "$@"; do
         case $flag in --linear_probe | --attentive_probe) name=${name/finetune/${flag#--}} ENCODER_FLAGS=() ;; esac

@@ -1,5 +1,5 @@
-# Sourced by the comparisons: a sweep is a list of units, each one pre-training with its fine-tunings. Every unit goes on
-# where it was, finished ones are passed over; so a killed sweep is started again by the same command.
+# Sourced by the comparisons: a sweep is a list of units, each one pre-training with its fine-tunings. Started
+# again by the same command, a sweep resumes its units and skips finished ones.
 #
 #   DATA_SET     folder of scripts/ with the data set's scripts (default shapes, the embedded data): ssv2, k400, ucf101, hmdb51,
 #                custom (with NB_CLASSES)
@@ -204,7 +204,7 @@ stop_units() {
     local job
     for job in $(jobs -p); do kill -TERM -- "-$job" 2>/dev/null || true; done
     { wait; } 2>/dev/null # bash tells of each job that was stopped
-    echo "stopped; the same command goes on" >&2
+    echo "stopped; start the same command again to continue" >&2
     exit 143
 }
 

@@ -158,6 +158,15 @@ def test_off_is_0_and_a_dry_run_is_the_list(tmp_path):
         assert_names(result.stderr, "error: ", "=".join(*flag.items()), "whole number")
 
 
+def test_the_tiny_scale_has_one_thread_where_nothing_else_is_said(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\necho "threads: ${OMP_NUM_THREADS:-all}"\n')
+    python.chmod(0o755)
+    for scale, said, threads in (("tiny", "", "1"), ("tiny", "2", "2"), ("paper", "", "all")):
+        environment = dict(SCALE=scale, OMP_NUM_THREADS=said, PYTHON=str(python), GPUS="0", DATA_PATH="x")
+        assert sweep(ROOT / "scripts/custom/pretrain_random.sh", **environment).stdout == f"threads: {threads}\n"
+
+
 def test_flags_with_spaces_stay_whole(tmp_path):
     (tmp_path / "a b").mkdir()
     found = sweep(COMPARE / "collapse.sh", LIST="1", MODEL_PATH="a b", SEEDS="0", cwd=tmp_path)
@@ -342,7 +351,8 @@ def test_a_sweep_that_is_told_to_stop_waits_until_its_runs_are_saved(quick, tmp_
     while len(started := set(tmp_path.glob("run.*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.terminate()  # this shell alone
-    assert process.wait(timeout=30) == 143 and process.stderr.read() == "stopped; the same command goes on\n"
+    assert process.wait(timeout=30) == 143
+    assert process.stderr.read() == "stopped; start the same command again to continue\n"
     saved = {path.with_name(f"{path.name}.saved") for path in started}
     assert len(started) == 2 and set(tmp_path.glob("run.*")) == started | saved  # and no other run started
 
