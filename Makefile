@@ -19,10 +19,10 @@ endif
 .PHONY: demo compare test test-slow lint bench gpu clean
 
 demo: $(SETUP)
-	PYTHON=$(PYTHON) bash scripts/demo/pretrain_tats.sh
+	PYTHON="$(PYTHON)" bash scripts/demo/pretrain_tats.sh
 
 compare: $(SETUP)
-	PYTHON=$(PYTHON) bash scripts/compare/embedded.sh
+	PYTHON="$(PYTHON)" bash scripts/compare/embedded.sh
 
 test: $(SETUP)
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
@@ -44,8 +44,9 @@ bench: $(SETUP)
 gpu: $(SETUP)
 	$(PYTHON) bench/gpu.py $(if $(PART),--part $(PART)) $(if $(DRY_RUN),--dry_run)
 
+# Caches. output/, where runs are written, stays.
 clean:
-	rm -rf output .pytest_cache .ruff_cache
+	rm -rf output/gpu .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 $(VENV)/.installed: $(REQUIREMENTS) $(CONSTRAINTS) pyproject.toml

@@ -1,10 +1,11 @@
 """Which space-time tokens the encoder sees: the Mask, the sampler interface and the samplers without parameters.
 
-Shapes: B clips, t token frames, S = h*w tokens a frame, N = t*S tokens in (time, row, column) order, N_v visible,
+Shapes: B clips, t token frames, S = h*w tokens per frame, N = t*S tokens in (time, row, column) order, N_v visible,
 N_m masked.
 "masked" means hidden from the encoder, everywhere; with a decoder_mask_ratio, hidden and left to the decoder.
 """
 
+import math
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -275,7 +276,10 @@ class FrameMask(MaskSampler):
 
 
 def motion_energy(video: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Mean squared difference to the previous frame, float32 [B, N]; the first frame takes the second's difference."""
+    """Mean squared difference to the previous frame, float32 [B, N]; the first frame takes the second's difference. A
+    clip of one frame has no motion: 0."""
+    if video.shape[2] == 1:
+        return video.new_zeros(len(video), math.prod(grid), dtype=torch.float32)
     difference = (video[:, :, 1:] - video[:, :, :-1]).float().square().mean(dim=1)
     difference = torch.cat((difference[:, :1], difference), dim=1)  # [B, T, H, W]
     kernel = tuple(size // cells for size, cells in zip(difference.shape[1:], grid, strict=True))

@@ -55,15 +55,18 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     """Any optimizer timm knows by name; Adam and AdamW are torch's fused kernels.
 
-    betas None leaves the optimizer's own default. Raises ValueError for an unknown name.
+    betas None leaves the optimizer's own default. Raises ValueError for an unknown name, or another number of betas.
     """
-    if opt not in timm.optim.list_optimizers(exclude_filters=["bnb*", "fused*"]):  # those need apex or bitsandbytes
-        known = timm.optim.list_optimizers(exclude_filters=["bnb*", "fused*"])
+    known = timm.optim.list_optimizers(exclude_filters=["bnb*", "fused*"])  # those need apex or bitsandbytes
+    if opt not in known:
         raise ValueError(f"--opt {opt}: unknown; one of {', '.join(known)}")
     kwargs = {"betas": tuple(betas)} if betas else {}
     if opt in ("adam", "adamw"):
         kwargs["fused"] = True
-    if timm.optim.get_optimizer_info(opt).has_eps:
+    info = timm.optim.get_optimizer_info(opt)
+    if betas and info.has_betas and len(betas) != info.num_betas:
+        raise ValueError(f"--opt_betas {' '.join(map(str, betas))}: --opt {opt} has {info.num_betas}")
+    if info.has_eps:
         kwargs["eps"] = eps
     return timm.optim.create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=0.0, momentum=momentum, **kwargs)
 

@@ -116,7 +116,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--eval",
         default=False,
         action=SWITCH,
-        help="only test: --finetune or --resume, otherwise the best checkpoint of --output_dir",
+        help="only test: --finetune or --resume, otherwise the newest checkpoint of --output_dir",
     )
     group.add_argument("--test_num_segment", default=5, type=int, help="temporal clips per video in the test")
     group.add_argument("--test_num_crop", default=3, type=int, help="spatial crops per temporal clip in the test")
@@ -283,6 +283,8 @@ def parse_args(arguments: list[str] | None = None, described: dict | None = None
         if isinstance(state.get("args"), dict) and "nb_classes" in saved:  # written by this script
             parser.set_defaults(**saved_defaults(parser, saved, TEST_FLAGS, path))
             args = parser.parse_args(arguments)
+            if args.crop_pct is not None or args.input_size != saved.get("input_size"):
+                parser.set_defaults(short_side_size=None)  # which followed from those
     if probe_kind(args):
         parser.set_defaults(**PROBE_DEFAULTS | (described or {}))
     if args.task != SINGLE_LABEL.name:
@@ -393,7 +395,7 @@ REFUSALS: Refusals = [
     ),
     (
         "batch_size",
-        lambda args: args.linear_probe and clips_per_batch(args) < 2,
+        lambda args: args.linear_probe and clips_per_batch(args) < 2 and not args.eval,
         "a linear probe standardises its features over the batch, which needs at least 2 clips",
     ),
     (

@@ -367,8 +367,7 @@ class Run:
         self.agent = None  # the backend of a sampler with an optimizer of its own
         if self.sampler.own_optimizer:
             # A ratio of two evaluations would be mostly rounding in bf16: only the one-pass form may use it.
-            one_pass = args.tats_rollout_steps == args.ppo_epochs == 1
-            amp = args.amp if one_pass else "none"
+            amp = args.amp if phases(args).one_pass(args.accum_iter) else "none"
             self.agent = self._backend(Policy(self.sampler), args.tats_lr, args.tats_eps, None, amp)
         self.sampler.to(device)
 

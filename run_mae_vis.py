@@ -74,6 +74,8 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[argparse.Namespace,
         if flags.model_path or flags.videos or flags.data_path:
             raise UsageError(f"--model_path, --videos, --data_path: cannot be combined with {' '.join(places)}")
         flags.videos, flags.output_dir, flags.model_path = [places[0]], places[1], places[2]
+        if overrides[-3:] != places:
+            raise UsageError(f"{' '.join(places)}: put VIDEO OUTPUT_DIR MODEL_PATH behind all flags")
         overrides = overrides[:-3]
     if not flags.model_path:
         raise UsageError("give --model_path, the checkpoint to draw")
@@ -94,7 +96,7 @@ class Trained:
         if len(samplers) == 1:  # AdaMAE's file need not say so
             parser.set_defaults(mask_type=next(iter(samplers)))
         parser.set_defaults(**saved_defaults(parser, saved_args(state, path), known, path))
-        self.args = parser.parse_args([*overrides, "--device", "cpu", "--amp", "none"])
+        self.args = parser.parse_args([*overrides, "--device", "cpu", "--amp", "none", "--decoder_mask_ratio", "0"])
         check_flags(self.args)
         self.mae = build_mae(self.args).eval()
         missing = load_pretrained(self.mae, weights, path).missing

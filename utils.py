@@ -77,7 +77,7 @@ def init_distributed(args) -> None:
         place = args.dist_url
         if place == "env://":
             place = f"MASTER_ADDR:MASTER_PORT = {env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"process {rank} of {world} did not find the others at {place} ({reason})") from error
 
 
@@ -174,6 +174,11 @@ def picture_text(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def first_line(error: Exception) -> str:
+    """Of its message, or its kind where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def seed_everything(seed: int, rank: int | None = None) -> None:
     """Seeds Python's, numpy's and torch's generators: without rank alike on all ranks, with it each pair (seed, rank)
     gets streams of its own. With seed + rank, rank 1 of seed 0 would draw what rank 0 of seed 1 draws."""
@@ -213,29 +218,23 @@ def set_rng_state(states: list[dict], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+CGROUP = Path("/sys/fs/cgroup")  # the container's limits, by the kernel
+
+
 def available_memory() -> int | None:
-    """Bytes of host memory that can be had without swapping; caches of files count as free where the system says so,
-    and a container's limit counts. None where the system does not tell (macOS, Windows)."""
+    """Bytes of host memory that can be had without swapping, within a container's limit; caches of files count as free.
+    None where the system does not tell (macOS, Windows)."""
     try:
         with open("/proc/meminfo") as lines:
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        free = _free_memory()
-        if free is None:
-            return None
-    try:
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-        return min(free, limit - used)
-    except (OSError, ValueError):  # no limit
-        return free
-
-
-def _free_memory() -> int | None:
-    """Of systems without /proc/meminfo."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # macOS knows no such name, Windows no sysconf
         return None
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return min(free, limit - used + int(lines["inactive_file"]) + int(lines["active_file"]))
+    except (OSError, ValueError, KeyError):  # no limit
+        return free
 
 
 def peak_memory(device: torch.device) -> float:

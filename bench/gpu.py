@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+WRITTEN = ("GPU.md", "gpu.json")  # which do not make the commit another one
 PACKAGES = ("torch", "triton", "timm", "transformers", "deepspeed", "av", "decord", "numpy")
 STEP = "bench/step.py --rounds 3 --steps 10"
 DRY_STEP = "bench/step.py --tiny --rounds 1 --steps 1 --skip_memory --num_frames 4 --input_size 32 --batch_size 2"
@@ -85,8 +87,12 @@ def environment(dry: bool) -> dict[str, str]:
             found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
         except OSError:
             pass
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found | {"commit": git.stdout.strip() or "-"}
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!docs/{name}" for name in WRITTEN))
+    return found | {"commit": (git("describe", "--always") or "-") + ("-dirty" if changed else "")}
 
 
 def run_job(job: Job, dry: bool, seconds_left: float) -> dict:
@@ -100,12 +106,13 @@ def run_job(job: Job, dry: bool, seconds_left: float) -> dict:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=True,  # killed with its own processes, which would keep the pipe open
         env=os.environ | {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"},
     )
     try:
         output, status = process.communicate(timeout=limit)[0], process.returncode
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         output, status = process.communicate()[0] + f"\nstopped after {limit:.0f} s", -9
     lines = [without_places(line) for line in output.strip().splitlines() if line != "bringing up nodes..."][-60:]
     print("\n".join(lines), flush=True)
@@ -130,6 +137,7 @@ def write_page(path: Path, record: dict) -> None:
     """docs/GPU.md from the record."""
     about = record["environment"]
     versions = ", ".join(f"{name} {about[name]}" for name in ("python", *PACKAGES) if about[name] != "-")
+    missing = [name for name in JOBS if name not in record["jobs"]]
     text = [
         "# Measured on a GPU",
         "",
@@ -138,8 +146,8 @@ def write_page(path: Path, record: dict) -> None:
         f"Machine: {about['device']}, driver {about['driver']}, {platform.machine()}.",
         f"Software: {versions}; commit {about['commit']}.",
         "",
-        "Not run:" if record["skipped"] else "Everything was run.",
-        *(f"- {name}: {reason}" for name, reason in record["skipped"].items()),
+        "Not run:" if missing else "Everything was run.",
+        *(f"- {name}: {record['skipped'].get(name) or f'`make gpu PART={JOBS[name].part}`'}" for name in missing),
     ]
     for name, job in JOBS.items():
         done = record["jobs"].get(name)
@@ -179,13 +187,14 @@ def main() -> int:
     if file.exists():
         before = json.loads(file.read_text())
         if before["environment"] == record["environment"] and not flags.again:
-            record["jobs"] = before["jobs"]
+            record |= {"jobs": before["jobs"], "skipped": before["skipped"]}
     for name, job in JOBS.items():
         if flags.part not in (None, job.part) or (flags.jobs and name not in flags.jobs):
             continue
         if record["jobs"].get(name, {}).get("status") == 0:
             print(f"== {name}: done before")
             continue
+        record["skipped"].pop(name, None)
         missing = [package for package in job.needs if importlib.util.find_spec(package) is None]
         left = 60 * flags.minutes - (time.time() - begin)
         if missing:

@@ -150,9 +150,9 @@ class Backend:
 
     def load_state_dict(self, state: dict) -> None:
         """Of either backend, from any number of processes. Weights are not in it: load them before wrapping."""
-        own = [{name: value for name, value in g.items() if name != "params"} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(settings)  # learning rate, betas, eps and decay are this run's flags, not the file's
+        pairs = zip(self.optimizer.param_groups, state["optimizer"]["param_groups"], strict=True)
+        # learning rate, betas, eps, decay and whether the kernel is fused are this run's, not the file's
+        groups = [own | {"params": saved["params"]} for own, saved in pairs]
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         if self.scaler.is_enabled() and state["scaler"]:  # empty in a run without fp16
             self.scaler.load_state_dict(state["scaler"])

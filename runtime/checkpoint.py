@@ -16,6 +16,7 @@ from torch import Tensor
 
 from runtime.foreign_files import CheckpointError, load_beside, load_checkpoint, weights_in
 from runtime.tasks import TASKS
+from utils import first_line
 
 MODEL_KEYS = ("model", "module")  # where weights are looked for first, as VideoMAE does
 
@@ -52,7 +53,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
             temporary.unlink(missing_ok=True)  # a full disk gets its space back
         if isinstance(error, (OSError, RuntimeError)):  # torch's writer turns some of the first into the second
             cause = (file and file.error) or error
-            reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+            reason = getattr(cause, "strerror", None) or first_line(cause)
             raise CheckpointError(f"{path}: cannot be written ({reason}); older checkpoints are intact") from error
         raise
 
@@ -160,19 +161,21 @@ def load_run(path: str | Path) -> dict:
     return state
 
 
-def set_aside_later(folder: Path, epoch: int, steps: float, found: Path | None) -> list[Path]:
-    """Renames checkpoints of a later state than (epoch, steps), where a run resumes, to NAME.old and returns them:
-    damaged, or of a run that is begun again, they would outlive its own as the newest. Deletes what killed saves left.
+def set_aside_later(folder: Path, epoch: int, steps: float, found: Path | None) -> dict[Path, Path]:
+    """Renames checkpoints of a later state than (epoch, steps), where a run resumes, to NAME.old; returns {path: new
+    path}. Damaged, or of a run that is begun again, they would outlive its own as the newest. Deletes what killed saves
+    left.
 
     steps: inf after a whole epoch; found: the file the run resumes from, which stays.
     """
-    later = [path for path in checkpoint_files(folder) if _place(path) > (epoch, steps) and path != found]
-    for path in later:
-        names = (path.with_name(f"{path.name}.old{number or ''}") for number in itertools.count())
-        os.replace(path, next(name for name in names if not name.exists()))
+    renamed = {}
+    for path in checkpoint_files(folder):
+        if _place(path) > (epoch, steps) and path != found:
+            names = (path.with_name(f"{path.name}.old{number or ''}") for number in itertools.count())
+            renamed[path] = path.rename(next(name for name in names if not name.exists()))
     for path in Path(folder).glob("checkpoint-*.pth.tmp"):
         path.unlink()
-    return later
+    return renamed
 
 
 # What the entries of a run's checkpoint are.

@@ -331,9 +331,9 @@ SHARED_REFUSALS: Refusals = [
         "opt_betas",
         lambda args: (
             args.opt_betas is not None
-            and not (len(args.opt_betas) == 2 and all(0 <= beta < 1 for beta in args.opt_betas))
+            and not (len(args.opt_betas) in (2, 3) and all(0 <= beta < 1 for beta in args.opt_betas))
         ),
-        "must be two numbers of at least 0 and less than 1",
+        "must be two numbers of at least 0 and less than 1, of some optimizers three",
     ),
     (
         "weight_decay_end",

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ import torch
 from datasets.decoding import VideoError
 from datasets.lists import ListError
 from runtime.preemption import EXIT_STATUS, SIGNALS, Preempted, set_handlers
-from utils import UsageError, is_main_process, log, tolerant_output
+from utils import UsageError, first_line, is_main_process, log, tolerant_output
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ESTALE, errno.EIO)
 # Beginnings of what torch, gloo and NCCL say, and what it means.
@@ -42,7 +43,10 @@ def run_script(train: Callable, args) -> None:
     except (UsageError, ListError, VideoError) as error:
         # an error from a loader process comes with that process's traceback around it
         sys.exit(f"error: {str(error).rsplit('VideoError: ', 1)[-1].strip()}")
-    except (EOFError, ConnectionError) as error:  # it died while it handed over a batch
+    except (EOFError, ConnectionError) as error:
+        if _is_output_closed():
+            sys.exit("error: nothing reads the output any more (a pipe to head?); the same command resumes the run")
+        # a loader died while it handed over a batch
         sys.exit(f"error: {LOADER_DIED} ({type(error).__name__})")
     except OSError as error:  # a full or read-only disk, a quota, a lost mount
         if error.errno not in DISK_ERRORS:
@@ -61,7 +65,7 @@ def run_script(train: Callable, args) -> None:
         _leave_group()
         sys.exit(EXIT_STATUS if stop.saved else 1)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if getattr(args, "compile", False) and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             sys.exit(f"error: --compile failed: {reason}; leave it out to train uncompiled")  # no compiler, say
         for pattern, meaning in FAILURES:
@@ -95,15 +99,32 @@ def end_with_status(main: Callable[[], None]) -> None:
     os._exit(status)
 
 
+def _is_output_closed() -> bool:
+    """Whether what is printed has no reader. If so, Python prints to nowhere from now on."""
+    try:
+        descriptor = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(descriptor, 0)  # errors alone
+        closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError):  # Windows; no descriptor
+        return False
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return closed
+
+
 def _end_loaders() -> None:
     """Loader processes ignore polite signals (datasets/build.py): one that hangs would keep this one from ending."""
     children = multiprocessing.active_children()
     if children and threading.current_thread() is threading.main_thread():
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's takes their end for a failure
+        handler = None
+        if hasattr(signal, "SIGCHLD"):  # not on Windows; torch's takes their end for a failure
+            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in children:
             child.kill()
             child.join(5)  # one that waits for a dead mount does not even end by this
-        signal.signal(signal.SIGCHLD, handler)
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def _leave_group() -> None:

@@ -155,8 +155,8 @@ def _set_aside_later(args, found: tuple[Path, dict] | None) -> None:
         path, state = found
         epoch, midway = state["epoch"], state.get("midway")
         epoch, steps = (epoch + 1, midway["steps"]) if midway else (epoch, math.inf)
-    for later in set_aside_later(Path(args.output_dir), epoch, steps, path):
-        log(f"note: {later} is later than where this run resumes; it is renamed to {later.name}.old")
+    for later, new in set_aside_later(Path(args.output_dir), epoch, steps, path).items():
+        log(f"note: {later} is later than where this run resumes; it is renamed to {new.name}")
 
 
 def save(args, output: Path, state: dict, epoch: int, where: dict | None = None, must: bool = False) -> bool:

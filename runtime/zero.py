@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.backend import Backend
-
-# --- DeepSpeed ---------------------------------------------------------------------------------------------------
+from utils import first_line
 
 # What a --deepspeed_config file may change. Buckets count elements and are allocated whole: DeepSpeed's own 5e8 would
-# take 2 GB a process.
+# take 2 GB per process.
 TUNABLE = {
     "steps_per_print": 10**9,
     "zero_optimization": {
@@ -56,7 +56,7 @@ def deepspeed_config(
     fused_adam: str,
     opt: str,
     lr: float,
-    betas: tuple[float, float],
+    betas: Sequence[float],
     eps: float,
     batch_size: int,
     accum_iter: int,
@@ -71,6 +71,8 @@ def deepspeed_config(
     user's configuration, merged in; "auto" in it means what the flags say.
     Raises: ValueError that lists what the file and the flags say differently.
     """
+    if len(betas) != 2:
+        raise ValueError(f"--opt_betas {' '.join(map(str, betas))}: --opt {opt} has 2")
     adam = {"lr": lr, "betas": list(betas), "eps": eps, "weight_decay": 0.0, "adam_w_mode": opt == "adamw"}
     adam |= {"torch_adam": True, "fused": True} if fused_adam == "torch" else {"torch_adam": False}
     zero = {"stage": zero_stage, "compute_grad_norm": True}  # by which steps are skipped
@@ -172,7 +174,7 @@ class DeepSpeedBackend(Backend):
         except Exception as error:  # compilers fail in many ways
             if self.config["optimizer"]["params"]["torch_adam"]:
                 raise
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
             if re.search(r"\d[a-z]", architectures):  # measured with 9.0a: "invalid literal for int(): '0a'"
                 reason += f"; TORCH_CUDA_ARCH_LIST is {architectures}, DeepSpeed reads plain numbers only, as 9.0"

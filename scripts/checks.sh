@@ -41,7 +41,18 @@ run_sweep() {
     return "$status"
 }
 
-# 0 is off, as an empty value is.
-for name in DRY_RUN LIST; do
-    if [ "${!name:-}" = 0 ]; then unset "$name"; fi
+# count_gpus: what processes of this shell may use.
+count_gpus() {
+    local devices
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        IFS=, read -ra devices <<< "${CUDA_VISIBLE_DEVICES/#-1*/}"
+        echo "${#devices[@]}"
+    else
+        nvidia-smi -L 2> /dev/null | grep -c '^GPU ' || true # beside parts of GPUs and error messages
+    fi
+}
+
+# 0 is off, as an empty value is; a value that is not set may have a default.
+for name in DRY_RUN LIST MEASURE; do
+    if [ "${!name:-}" = 0 ]; then printf -v "$name" ''; fi
 done

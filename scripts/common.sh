@@ -4,11 +4,11 @@
 #   DATA_PATH    list file of the videos (required); fine-tuning: folder with train.csv and val.csv, or a list
 #   MODEL_PATH   fine-tuning: checkpoint to start from (required; none: train from scratch)
 #   OUTPUT_DIR   default output/<name of the script's run>
-#   GPUS         processes on this node; 0 = CPU (default: the GPUs nvidia-smi lists)
+#   GPUS         processes on this node; 0 = CPU (default: the GPUs of CUDA_VISIBLE_DEVICES, else those nvidia-smi lists)
 #   NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes: the same command on each with its own NODE_RANK
 #   NODES, RDZV_ENDPOINT=host:port   or: the same command on all, which meet at a port of one of them, another port for
 #                each run, and number themselves; LOCAL_ADDR where a node's name does not lead the others to it
-#   PYTHON       interpreter (default: .venv's, else python3)
+#   PYTHON       interpreter (default: python3 of an active environment, else .venv's, else python3)
 #   MODEL  MASK_RATIO  BATCH_SIZE (videos per process)  NUM_SAMPLE  ACCUM_ITER  EPOCHS  WARMUP_EPOCHS  LR  NUM_WORKERS  SAVE_FREQ
 #   SEED
 #   SCALE        paper (default: ViT-B, 16 frames of 224 x 224) or tiny: a model of 0.6 M weights, 8 frames of INPUT_SIZE
@@ -33,7 +33,7 @@ fi
 launch() {
     local script=$REPOSITORY/$1
     shift
-    local gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)} nodes=${NODES:-1}
+    local gpus=${GPUS:-$(count_gpus)} nodes=${NODES:-1}
     local command=("$PYTHON")
     if [ -z "${RANK:-}${OMPI_COMM_WORLD_RANK:-}" ] && [ "${SLURM_STEP_NUM_TASKS:-1}" -le 1 ] &&
         { [ "$gpus" -gt 1 ] || [ "$nodes" -gt 1 ]; }; then
@@ -46,6 +46,8 @@ launch() {
                 [ "${RDZV_ENDPOINT%:*}" != "$LOCAL_ADDR" ] || host=1
                 command+=(--local_addr "$LOCAL_ADDR" --rdzv_conf "is_host=$host")
             fi
+        elif [ "$nodes" -eq 1 ] && [ -z "${MASTER_PORT:-}" ]; then
+            command+=(--standalone) # a free port: there may be another run on this machine
         else
             command+=(--node_rank "${NODE_RANK:-0}"
                 --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
@@ -62,7 +64,7 @@ launch() {
 
 need_data() {
     if [ -z "${DATA_PATH:-}" ]; then
-        echo "error: set DATA_PATH to the list of training videos (a line a video: path label), e.g." >&2
+        echo "error: set DATA_PATH to the list of training videos (a line per video: path label), e.g." >&2
         echo "  DATA_PATH=/data/train.csv bash $0" >&2
         exit 2
     fi
@@ -70,7 +72,7 @@ need_data() {
 
 # What depends on the scale. A run of minutes needs large learning rates, the sampler too, and TATS once the loss has left
 # its plateau (docs/SAMPLER.md).
-ENCODER_FLAGS=()
+ENCODER_FLAGS=() # of fine-tuning, not of a probe, whose encoder is frozen and whose clips are hardly changed
 case ${SCALE:-paper} in
     paper)
         PRETRAIN_FLAGS=(--model "${MODEL:-pretrain_videomae_base_patch16_224}" --decoder_depth 4 --num_frames 16
@@ -88,6 +90,7 @@ case ${SCALE:-paper} in
             --batch_size "${BATCH_SIZE:-8}" --num_sample "${NUM_SAMPLE:-1}" --lr "${LR:-1e-3}"
             --warmup_epochs "${WARMUP_EPOCHS:-5}" --epochs "${EPOCHS:-100}"
             --save_ckpt_freq "${SAVE_FREQ:-10}" --num_workers "${NUM_WORKERS:-8}")
+        ENCODER_FLAGS=(--aa rand-m9-mstd0.5-inc1)
         ;;
     tiny)
         EPOCHS=${EPOCHS:-20}
@@ -106,7 +109,7 @@ case ${SCALE:-paper} in
             --crop_scale 0.5 1 --aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0 --smoothing 0
             --clip_grad 1 --warmup_epochs "${WARMUP_EPOCHS:-1}" --epochs "$EPOCHS"
             --save_ckpt_freq "${SAVE_FREQ:-1000}" --num_workers "${NUM_WORKERS:-1}" --print_freq 50)
-        ENCODER_FLAGS=(--init_scale 1 --layer_decay 0.9) # a frozen one has no use for them
+        ENCODER_FLAGS=(--init_scale 1 --layer_decay 0.9)
         ;;
     *)
         echo "error: SCALE=$SCALE: choose paper or tiny" >&2
@@ -141,7 +144,7 @@ pretrain() {
 
 # finetune NAME FLAGS...: the recipe of the paper's table 7.
 finetune() {
-    local name=$1 initial=()
+    local name=$1 initial=() views=()
     shift
     need_data
     if [ -z "${MODEL_PATH:-}" ]; then
@@ -152,7 +155,10 @@ finetune() {
     # one folder for each starting point and mode: if a folder contains a run, it is resumed
     local flag from=scratch
     for flag in "$@"; do
-        case $flag in --linear_probe | --attentive_probe) name=${name/finetune/${flag#--}} ENCODER_FLAGS=() ;; esac
+        case $flag in
+            --linear_probe | --attentive_probe) name=${name/finetune/${flag#--}} ENCODER_FLAGS=() ;;
+            --knn | --knn=*) name=${name/finetune/knn} ENCODER_FLAGS=() views=(--test_num_segment 1 --test_num_crop 1) ;;
+        esac
     done
     if [ "$MODEL_PATH" != none ]; then
         initial=(--finetune "$MODEL_PATH")
@@ -171,5 +177,5 @@ finetune() {
         --opt adamw \
         --opt_betas 0.9 0.999 \
         --seed "${SEED:-0}" \
-        "$@"
+        "$@" ${views[@]+"${views[@]}"}
 }

@@ -2,6 +2,7 @@
 
     python tools/compare_runs.py output --output comparison --baseline tube
     python tools/compare_runs.py output --output ablation --by tats_attention --baseline mha
+    python tools/compare_runs.py output --output rollout --by tats_start_epoch tats_rollout_steps --baseline 10 1
     python tools/compare_runs.py output --output beside_paper --paper table1 --data_set UCF101
 
 FOLDERs are searched for folders of run_mae_pretraining.py and run_class_finetuning.py (args.json, log.txt, test.json).
@@ -229,16 +230,27 @@ def is_value(value: Hashable, text: str) -> bool:
         return str(value) == text
 
 
-def find_baseline(row: Row, rows: list[Row], by: tuple[str, ...], value: str) -> Row | None:
+def places_of_baseline(by: tuple[str, ...], values: list[str]) -> list[int]:
+    """Of the --by flags that --baseline gives a value of: mask_type first, where it is in --by."""
+    return sorted(range(len(by)), key=lambda place: by[place] != "mask_type")[: len(values)]
+
+
+def is_baseline(row: Row, by: tuple[str, ...], values: list[str]) -> bool:
+    """Whether the row has the values of --baseline."""
+    return all(
+        is_value(row.by[place], value) for place, value in zip(places_of_baseline(by, values), values, strict=True)
+    )
+
+
+def find_baseline(row: Row, rows: list[Row], by: tuple[str, ...], values: list[str]) -> Row | None:
     """The row of the baseline that a row is compared with, or None: the one with equal other flags, as far as the
     baseline's method reads them."""
-    place = by.index("mask_type") if "mask_type" in by else 0
+    others = set(range(len(by))) - set(places_of_baseline(by, values))
     fitting = []
     for other in rows:
-        rest = [(a, b) for i, (a, b) in enumerate(zip(row.by, other.by, strict=True)) if i != place]
-        alike = other.source == row.source and all(b in (a, UNREAD) for a, b in rest)
+        alike = other.source == row.source and all(other.by[i] in (row.by[i], UNREAD) for i in others)
         fits = other.scratch or row.scratch or alike
-        if is_value(other.by[place], value) and fits and other.target == row.target and other.runs:
+        if is_baseline(other, by, values) and fits and other.target == row.target and other.runs:
             fitting.append(other)
     if fitting and (len(fitting) == 1 or not row.scratch):  # scratch has no flags that would choose one of several
         return fitting[0]
@@ -336,7 +348,7 @@ def summarise(
         cells.estimate(heading, name, values, 4 if name == "loss" else 3, num_runs)
     for name in dict.fromkeys(name for run in first for name in run.measures if name != "mask_ratio"):
         values = [run.measures.get(name) for run in first]
-        cells.estimate(name.replace("_", " "), name, values, 3 if "error" in name or "auc" in name else 1, num_runs)
+        cells.estimate(name.replace("_", " "), name, values, 1 if name.startswith(("ridge", "knn")) else 3, num_runs)
     for quantity in quantities(PRETRAINING, task):
         if baseline and any(quantity.value(run) is not None for run in first):
             add_paired(cells, quantity, baseline, compared(row, base, PRETRAINING, quantity) if base else None)
@@ -499,6 +511,8 @@ def check_flags(args: argparse.Namespace) -> None:
         with_paper = f" with --paper {args.paper}" if args.paper else ", without --paper"
         raise UsageError(f"--data_set {args.data_set or 'is missing'}{with_paper}: {use}")
     args.by = tuple(dict.fromkeys(args.by or ("mask_type", "mask_ratio")))
+    if args.baseline and len(args.baseline) > len(args.by):
+        raise UsageError(f"--baseline {' '.join(args.baseline)}: more values than flags of --by, {' '.join(args.by)}")
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -511,10 +525,11 @@ def compare(args: argparse.Namespace) -> None:
         reason = f"; {left_out[0]}" if left_out else ""
         raise UsageError(f"{', '.join(args.folders)}: no finished run (args.json, log.txt, test.json) is there{reason}")
     task, rows = task_of_runs(used), build_rows(used, args.by)
-    place = args.by.index("mask_type") if "mask_type" in args.by else 0
-    present = list(dict.fromkeys(shown_value(row.by[place]) for row in rows if row.by[place] != UNREAD))
-    if args.baseline and not any(is_value(row.by[place], args.baseline) for row in rows):
-        raise UsageError(f"--baseline {args.baseline}: no row has it; {args.by[place]} is {', '.join(present)}")
+    if args.baseline and not any(is_baseline(row, args.by, args.baseline) for row in rows):
+        places = places_of_baseline(args.by, args.baseline)
+        present = dict.fromkeys(" ".join(shown_value(row.by[place]) for place in places) for row in rows)
+        flags = " ".join(args.by[place] for place in places)
+        raise UsageError(f"--baseline {' '.join(args.baseline)}: no row has it; {flags} is {', '.join(present)}")
     if args.paper:
         add_paper(rows, args.paper, args.by, args.data_set)
     kinds = [kind for kind in KINDS if any(kind in row.runs for row in rows)] or list(KINDS[:1])
@@ -523,7 +538,7 @@ def compare(args: argparse.Namespace) -> None:
             row,
             args.baseline and find_baseline(row, rows, args.by, args.baseline),
             kinds,
-            args.baseline,
+            args.baseline and ", ".join(args.baseline),
             task,
             args.level,
         )  # fmt: skip
@@ -597,7 +612,7 @@ def write_pictures(args: argparse.Namespace, rows: list[Row], named: list[dict[s
         written.append("accuracy.png")
     differences = differences_by_place(rows, named, args, task)
     if differences:
-        draw_map(output / "map.png", differences, args.baseline)
+        draw_map(output / "map.png", differences, ", ".join(args.baseline))
         written.append("map.png")
     print(f"wrote {' and '.join(written)} to {output}")
 
@@ -615,8 +630,10 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--baseline",
+        nargs="+",
         metavar="VALUE",
-        help="of mask_type, where it is in --by, else of the first flag there; or scratch",
+        help="the rows that others are compared with, all else in --by being equal: a value of mask_type, where it is "
+        "in --by (or scratch), else of the first flag there; further values are of the next flags",
     )
     parser.add_argument("--paper", choices=list(paper_tables.BY), help="put the paper's figures beside the rows")
     parser.add_argument("--data_set", metavar="NAME", help="whose figures, of tables 1 and 5")

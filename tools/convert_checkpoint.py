@@ -43,7 +43,7 @@ from modeling_finetune import is_sinusoid_encoding_table
 from runtime.checkpoint import CheckpointError, open_checkpoint, save_checkpoint, saved_args
 from runtime.convert import IMAGE, from_huggingface, load_weights, model_weights, split_samplers, to_huggingface
 from runtime.foreign_files import ARGS_FILE, SAMPLER_FILE
-from runtime.reports import class_names
+from runtime.reports import CLASSES, class_names
 from runtime.resume import saved_defaults
 from tools.common import Formatter, run_tool, write_text
 from tools.model_card import PATHS, model_card
@@ -321,6 +321,10 @@ def convert(flags: argparse.Namespace) -> None:
         raise UsageError(f"--output {output}: exists; choose another name, or delete it")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"--output {output}: there is no folder {output.absolute().parent}")
+    for name, file in (("run", ARGS_FILE), ("lists", CLASSES)):
+        folder = getattr(flags, name)
+        if folder and not os.path.isfile(os.path.join(folder, file)):
+            raise UsageError(f"--{name} {folder}: there is no {file} in it")
     checkpoint = read_checkpoint(flags, flags.overrides)
     if output.suffix == ".pth":
         write_checkpoint(output, checkpoint, flags.layout)

@@ -1,11 +1,11 @@
 """Compares a trained TATS policy with the fixed point of its PPO objective: does the reward follow motion, how much of
 the preference that the objective allows was learned, and is the scale of the logits bounded?
 
-    python tools/fixed_point.py --model_path output/compare/embedded/tats-ratio0.75-seed0/pretrain --data_path VAL.csv
+    python tools/fixed_point.py --model_path output/ucf101_tats --data_path VAL.csv
 
 For every clip, many masks are drawn from the checkpoint's policy. A token's expected advantage E[A m] is the mean of
 error - V over the masks in which it is masked, times how often it is masked. Near the uniform policy, the objective's
-fixed point is u log u = kappa E[A m] with u = N p of a token and kappa = (c_p / c_e)(N / N_m) (README). Where that has
+fixed point is u log u = kappa E[A m] with u = N p of a token and kappa = (c_p / c_e)(N / N_m). Where that has
 no solution, the token's p becomes 0. This fixed point is a local one. Along the scale of the logits z, the objective's
 slope is c_p Cov(A, z) over the masked tokens, which grows with z, minus c_e Var(z) under p, which falls to 0 as p
 collapses. Where the first is larger, the policy sharpens further. --tats_logit_cap prevents that; slopes of a capped
@@ -120,8 +120,12 @@ def report(measured: dict) -> str:
 def describe_policy(args: argparse.Namespace) -> None:
     """Raises UsageError."""
     trained = Trained(args.model_path, [])
-    if trained.args.mask_type != "tats" or trained.args.entropy_coef == 0:
-        raise UsageError(f"{args.model_path}: not of --mask_type tats with an --entropy_coef above 0")
+    flags = vars(trained.args)
+    for name, needed in (("mask_type", "tats"), ("tats_objective", "ppo"), ("entropy", "bonus")):
+        if flags[name] != needed:
+            raise UsageError(f"{args.model_path}: --{name} {flags[name]}: has another end point (docs/SAMPLER.md)")
+    if trained.args.entropy_coef == 0:
+        raise UsageError(f"{args.model_path}: --entropy_coef 0: its objective has no fixed point")
     videos = read_list(args.data_path)[0]
     chosen = [videos[i * len(videos) // args.num_videos] for i in range(min(args.num_videos, len(videos)))]
     print(report(measure(trained, torch.stack([read_clip(video, trained.args) for video in chosen]), args.draws)))

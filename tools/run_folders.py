@@ -206,7 +206,7 @@ def find_runs(folders: list[str]) -> list[Run]:
             raise UsageError(f"FOLDER {folder}: there is no such folder")
         for root, below, files in os.walk(folder, onerror=refuse):
             below.sort()
-            if "args.json" in files:
+            if "args.json" in files and ("log.txt" in files or "config.json" not in files):  # no Hugging Face folder
                 found.setdefault(os.path.realpath(root), Path(root))
     runs = [read_run(folder) for folder in found.values()]
     for run in runs:

@@ -2,7 +2,6 @@
 # The paper's table 6: (c_p, c_v, c_e), of policy, value and entropy; its eighth row, printed twice, once.
 # bash scripts/ablations/coefficients.sh; DATA_SET, SCALE, SEEDS and all else: scripts/compare/sweep.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../compare/sweep.sh"
-MASK_RATIOS=${MASK_RATIOS:-0.95}
 for row in 1e-4,1e-3,1e-3 1e-4,1e-3,1e-4 1e-4,1e-4,1e-3 1e-3,1e-4,1e-4 1e-4,1e-4,1e-4 1e-5,1e-4,1e-4 1e-3,1e-3,1e-4 1e-5,1e-5,1e-5; do
     IFS=, read -r policy value entropy <<< "$row"
     add_variants "$row" --policy_coef "$policy" --value_coef "$value" --entropy_coef "$entropy"

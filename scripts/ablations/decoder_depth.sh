@@ -2,6 +2,5 @@
 # The paper's table 3: blocks of the decoder.
 # bash scripts/ablations/decoder_depth.sh; DATA_SET, SCALE, SEEDS and all else: scripts/compare/sweep.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../compare/sweep.sh"
-MASK_RATIOS=${MASK_RATIOS:-0.95}
 for depth in 1 2 4 8; do add_variants "depth$depth" --decoder_depth "$depth"; done
 run_units "ablations_$DATA_SET/decoder_depth" --by decoder_depth --paper table3 "$@"

@@ -2,7 +2,6 @@
 # The paper's table 3: loss and target.
 # bash scripts/ablations/loss.sh; DATA_SET, SCALE, SEEDS and all else: scripts/compare/sweep.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../compare/sweep.sh"
-MASK_RATIOS=${MASK_RATIOS:-0.95}
 for loss in l1 mse; do
     add_variants "$loss-normalised" --loss "$loss" --normalize_target
     add_variants "$loss-raw" --loss "$loss" --no-normalize_target

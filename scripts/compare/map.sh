@@ -16,6 +16,7 @@ folders=()
 for size in $SIZES; do
     [[ $size =~ ^[0-9.]+-[0-9.]+$ ]] || refuse "SIZES=$size: must be ranges as 0.1-0.16"
 done
+LIST=1 DATA_PATH=$SHAPES bash "$REPOSITORY/scripts/compare/embedded.sh" > /dev/null # refuses wrong settings
 for size in $SIZES; do
     if [ "$size" = 0.175-0.28 ]; then # the default
         folder=$OUTPUT/embedded data=$SHAPES flags='' epochs=8
@@ -26,7 +27,7 @@ for size in $SIZES; do
     FINETUNE_EPOCHS=${FINETUNE_EPOCHS:-${EPOCHS:-$epochs}} SHAPES_FLAGS="$flags ${SHAPES_FLAGS:-}" DATA_PATH=$data OUTPUT_DIR=$folder \
         run_sweep bash "$REPOSITORY/scripts/compare/embedded.sh" || failed=1
 done
-[ -z "${LIST:-}${DRY_RUN:-}" ] || exit 0
+[ -z "${LIST:-}${DRY_RUN:-}" ] || exit "${failed:-0}"
 cd "$REPOSITORY"
 interpreter=${PYTHON:-$(source scripts/common.sh && echo "$PYTHON")}
 baseline=${METHODS%% *}

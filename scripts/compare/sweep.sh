@@ -10,10 +10,10 @@
 #   EVALUATIONS  of finetune linear_probe attentive_probe (default finetune; empty: none)
 #   MEASURE=1    also tools/measure.py on every pre-training
 #   OUTPUT_DIR   default output/compare/NAME; METHOD-ratioR-seedS/{pretrain,finetune,linear_probe} are made in it
-#   JOBS         units at a time on this machine (default 1), a log.txt each
+#   JOBS         units at a time on this machine (default 1), a log.txt each; with GPUs of their own, GPUS for each unit
 #   SCALE, EPOCHS ...   all of scripts/common.sh; PRETRAIN_EPOCHS, FINETUNE_EPOCHS, PROBE_EPOCHS say it for one kind of run
 #   PRETRAIN_EXTRA, FINETUNE_EXTRA   further flags, as "--no-flip --num_segments 8"
-#   LIST=1       name the units instead, one a line (DRY_RUN=1 too)
+#   LIST=1       name the units instead, one per line (DRY_RUN=1 too)
 # Paths are relative to where the command is given. A unit whose flags are not those it was started with is refused: another
 # protocol is another OUTPUT_DIR.
 #
@@ -42,6 +42,7 @@ for name in DATA_SET TO_SET; do
     [ "${!name:-}" != custom ] || [ -n "${NB_CLASSES:-}" ] || refuse "set NB_CLASSES to the number of classes in the lists"
 done
 for name in JOBS PRETRAIN_EPOCHS FINETUNE_EPOCHS PROBE_EPOCHS; do need_whole "$name" 1; done
+need_whole GPUS 0
 need_words METHODS "tube random frame motion adamae tats listwise hide scratch"
 [ -z "${EVALUATIONS// /}" ] || need_words EVALUATIONS "finetune linear_probe attentive_probe"
 case ${TATS_TAU:-} in -*) refuse "TATS_TAU=$TATS_TAU: must be above 0, METHODS=hide has it below" ;; esac
@@ -88,10 +89,13 @@ add_methods() {
     done
 }
 
-# add_variants NAME FLAGS...: TATS with other flags, at every ratio with every seed.
+# add_variants NAME FLAGS...: TATS with other flags, at every ratio with every seed. Of the embedded data's 64 tokens the
+# paper's ratio would leave 3.
 add_variants() {
-    local name=$1 ratio seed
+    local name=$1 ratio=0.95 seed
     shift
+    if [ "$DATA_SET" = shapes ]; then ratio=0.75; fi
+    MASK_RATIOS=${MASK_RATIOS:-$ratio}
     for seed in $SEEDS; do
         for ratio in $MASK_RATIOS; do add_unit "$name-ratio$ratio-seed$seed" tats "$ratio" "$seed" "$@"; done
     done
@@ -199,6 +203,17 @@ check_units() {
     fi
 }
 
+# share_gpus: the CUDA_VISIBLE_DEVICES of each of JOBS units, where they use GPUs.
+share_gpus() {
+    local devices gpus job
+    SHARES=() gpus=${GPUS:-$(count_gpus)}
+    if [ "${JOBS:-1}" -eq 1 ] || [ "$gpus" -eq 0 ]; then return; fi
+    IFS=, read -ra devices <<< "${CUDA_VISIBLE_DEVICES-$(seq -s , 0 $(($(count_gpus) - 1)))}"
+    [ $((JOBS * gpus)) -le ${#devices[@]} ] ||
+        refuse "JOBS=$JOBS units with GPUS=$gpus each: this machine has ${#devices[@]}: set GPUS, of each unit, or JOBS to less"
+    for ((job = 0; job < JOBS; job++)); do SHARES+=("$(IFS=, && echo "${devices[*]:job * gpus:gpus}")"); done
+}
+
 # stop_units: their programs are told to stop and save themselves; a sweep that was stopped leaves nothing running.
 stop_units() {
     local job
@@ -218,21 +233,25 @@ run_units() {
         exit
     fi
     if [ "$DATA_SET" = shapes ]; then (source scripts/shapes/data.sh && write_shapes "$DATA_PATH") || exit; fi
-    local unit words status failed=$OUTPUT/failed.txt
+    local unit words status running slot failed=$OUTPUT/failed.txt pids=()
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
         eval "words=(${UNITS[$SLURM_ARRAY_TASK_ID]})"
         run_unit "${words[@]}"
         exit
     fi
+    share_gpus
     rm -f "$failed"
     set -m # each unit its own process group, which stop_units can reach
     trap stop_units TERM INT HUP
     for unit in "${UNITS[@]}"; do
         while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; done
+        running=" $(jobs -rp | xargs) " slot=0
+        while [[ -n ${pids[slot]:-} && $running == *" ${pids[slot]} "* ]]; do slot=$((slot + 1)); done
         eval "words=($unit)"
         mkdir -p "$OUTPUT/${words[0]}"
         (
             trap : TERM # outlive it
+            if [ ${#SHARES[@]} -gt 0 ]; then export CUDA_VISIBLE_DEVICES=${SHARES[slot]}; fi
             status=0
             (run_unit "${words[@]}") >> "$OUTPUT/${words[0]}/log.txt" 2>&1 < /dev/null || status=$?
             if [ $status -eq 0 ]; then
@@ -242,6 +261,7 @@ run_units() {
                     "$(tail -n 20 "$OUTPUT/${words[0]}/log.txt" | grep ^error: | tail -n 1)" | tee -a "$failed"
             fi
         ) &
+        pids[slot]=$!
     done
     wait
     trap - TERM INT HUP

@@ -45,7 +45,7 @@ import json, sys
 
 epochs = [json.loads(line) for line in open(sys.argv[1])]
 warm_up = [epoch for epoch in epochs if "train_entropy" not in epoch]
-for label, epoch in (("last epoch of random masks", warm_up[-1]), ("last epoch of TATS", epochs[-1])):
+for label, epoch in (*(("last epoch of random masks", epoch) for epoch in warm_up[-1:]), ("last epoch of TATS", epochs[-1])):
     print(f"{label}: loss {epoch['train_loss']:.3f} (1 = predicting the mean), "
           f"motion lift {epoch['train_motion_lift']:.2f} (1 = blind to motion)")
 PY

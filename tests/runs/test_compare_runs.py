@@ -348,6 +348,43 @@ def test_flags_that_an_objective_does_not_read_make_no_rows_and_no_notes(tmp_pat
     assert "--tats_logit_cap: 0.0 in" in compare(tmp_path, tmp_path, *by)[0]  # both objectives read it
 
 
+def test_a_baseline_may_be_one_row_of_several_flags(tmp_path):
+    """All other rows are compared with it, also where they differ from it in each of the flags."""
+    for k, value in (("1", 0.9), ("5", 0.8)):
+        for start in ("0", "2"):
+            for seed in ("0", "1", "2"):
+                folder = pretrain(tmp_path, f"{start}-{k}-{seed}", "--mask_type", "tats", "--tats_start_epoch", start,
+                                  "--tats_rollout_steps", k, "--seed", seed)  # fmt: skip
+                measures = {"motion_auc": value + int(start) / 100 + int(seed) / 1000}
+                (folder / "measures.json").write_text(json.dumps(measures))
+    by = ["--by", "tats_start_epoch", "tats_rollout_steps", "--baseline", "2"]
+    found = []
+    for baseline in (by, [*by, "1"]):
+        text, table, _ = compare(tmp_path, tmp_path, *baseline)
+        differences = [row["motion_auc_minus_baseline_difference"] for row in table]
+        rows = [(row["tats_start_epoch"], row["tats_rollout_steps"]) for row in table]
+        found.append({row: x and f"{float(x):.3g}" for row, x in zip(rows, differences, strict=True)})
+    assert found[0] == {("0", "1"): "-0.02", ("0", "5"): "-0.02", ("2", "1"): "", ("2", "5"): ""}  # of equal k
+    assert found[1] == {("0", "1"): "-0.02", ("0", "5"): "-0.12", ("2", "1"): "", ("2", "5"): "-0.1"}
+    assert "motion auc - 2, 1's" in text
+    out = ("--output", tmp_path / "out")
+    assert_names(error_of(tmp_path, *by, "3", *out), "--baseline 2 3", "tats_start_epoch tats_rollout_steps", "2 5")
+    assert_names(error_of(tmp_path, *by, "1", "0", *out), "--baseline 2 1 0", "--by")
+
+
+def test_exported_folders_are_no_runs(tmp_path, campaign):
+    """tools/convert_checkpoint.py writes args.json too, without paths."""
+    for name in ("hub", "run_too"):
+        (campaign / name).mkdir()
+        (campaign / name / "config.json").write_text("{}")
+        (campaign / name / "args.json").write_text('{"args": {"model": "a"}}')
+    out = ("--output", tmp_path / "other")
+    (campaign / "run_too/log.txt").touch()
+    assert_names(error_of(campaign, *out), campaign / "run_too/args.json")
+    shutil.rmtree(campaign / "run_too")
+    assert "hub" not in compare(tmp_path, campaign)[0]
+
+
 def test_other_flags_that_differ_are_named_with_values_and_runs(tmp_path):
     for name, flags in {"a": (), "b": ("--lr", "3e-4"), "c": ("--num_workers", "1", "--output_dir", "x")}.items():
         source = pretrain(tmp_path, name, "--seed", str(ord(name)), *flags)

@@ -304,6 +304,8 @@ def test_nothing_is_written_over(finetuned, tmp_path):
         assert_names(refusal(finetuned, output), f"--output {output}")
         assert output.stat().st_mtime_ns == before
     assert_names(refusal(finetuned, tmp_path / "no/hub"), f"--output {tmp_path / 'no/hub'}")
+    for flag, file in (("--lists", "classes.txt"), ("--run", "args.json")):
+        assert_names(refusal(finetuned, tmp_path / "hub2", flag, tmp_path), f"{flag} {tmp_path}", file)
     (tmp_path / "classes.txt").write_text("\n".join("abcdefghij"))
     (tmp_path / "hub/notes.txt").unlink()
     config = (convert(finetuned, tmp_path / "hub", "--lists", tmp_path) / "config.json").read_text()  # it is empty now

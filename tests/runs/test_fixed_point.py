@@ -6,7 +6,7 @@ import torch
 
 import run_mae_pretraining
 from datasets.moving_shapes import write_dataset
-from tests.helpers.runs import TINY
+from tests.helpers.runs import TINY, naming
 from tools import fixed_point
 
 
@@ -42,10 +42,17 @@ def test_a_uniform_policy_is_reported_as_such(trained, capsys):
     assert "contrast, mean u^2                1.00" in fixed_point.report(measured)
 
 
-def test_the_command_runs_and_says_what_it_needs(trained, capsys):
+def test_the_command_runs_and_says_what_it_needs(trained, capsys, tmp_path):
     flags = ["--data_path", str(trained / "shapes/val.csv"), "--num_videos", "3", "--draws", "4"]
     fixed_point.main(["--model_path", str(trained / "tats"), *flags])
     assert "kappa" in capsys.readouterr().out
+    for name, value in (("tats_objective", "listwise"), ("entropy", "uniform_kl"), ("entropy_coef", 0)):
+        state = torch.load(trained / "tats/checkpoint-0.pth", weights_only=True)
+        if value == "listwise":
+            state["tats"] = {name: tensor for name, tensor in state["tats"].items() if not name.startswith("critic.")}
+        torch.save(state | {"args": state["args"] | {name: value}}, tmp_path / "other.pth")
+        with pytest.raises(SystemExit, match=naming("error: ", tmp_path / "other.pth", f"--{name} {value}")):
+            fixed_point.main(["--model_path", str(tmp_path / "other.pth"), *flags])
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -190,6 +190,39 @@ def command(**environment: str) -> list[str]:
     return words[1 : next(i for i, word in enumerate(words) if word.endswith("run_mae_pretraining.py"))]
 
 
+SMI = """GPU 0: NVIDIA A100 (UUID: GPU-1)
+  MIG 3g.20gb     Device  0: (UUID: MIG-1)
+  MIG 3g.20gb     Device  1: (UUID: MIG-2)
+GPU 1: NVIDIA A100 (UUID: GPU-2)
+"""
+
+
+@pytest.mark.parametrize(
+    "devices, listed, expected",
+    [
+        (None, SMI, 2),
+        (None, "NVIDIA-SMI has failed because it could not communicate\nwith the NVIDIA driver.\n", 0),
+        (None, "", 0),
+        ("3", SMI, 1),
+        ("0,1,2", "", 3),
+        ("", SMI, 0),
+        ("-1", SMI, 0),
+        ("GPU-1,GPU-2", "", 2),
+    ],
+)
+def test_default_of_gpus_is_what_processes_may_use(tmp_path, monkeypatch, devices, listed, expected):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{listed}END\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    environment = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+    result = outcome(start(SCRIPT, DATA_PATH="l", DRY_RUN="1", **environment))
+    assert result.status == 0, result.errors
+    words = result.output.splitlines()
+    found = int(words[words.index("--nproc_per_node") + 1]) if "--nproc_per_node" in words else 1
+    assert (found, "--device" in words) == (max(expected, 1), expected == 0)
+
+
 def test_launcher_of_the_scripts():
     several = dict(GPUS="4", NODES="2")
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "4", "--nnodes", "2"]
@@ -201,6 +234,16 @@ def test_launcher_of_the_scripts():
         here = ["--local_addr", address, "--rdzv_conf", f"is_host={host}"]
         assert command(**several, RDZV_ENDPOINT="a:5", LOCAL_ADDR=address) == torchrun + meeting + here
     assert command(GPUS="1", RDZV_ENDPOINT="a:5") == []
+    one_node = [*torchrun[:4], "--nnodes", "1"]
+    assert command(GPUS="4") == [*one_node, "--standalone"]  # a free port, also beside another run
+    assert command(GPUS="4", MASTER_PORT="5") == [
+        *one_node,
+        "--node_rank",
+        "0",
+        "--master_addr",
+        "127.0.0.1",
+        *static[4:],
+    ]
     # started by srun, mpirun or torchrun: the same variables as in init_distributed
     assert command(**several, **STEP) == command(**several, **OPEN_MPI) == command(**several, RANK="0") == []
     for alone in (BATCH, SALLOC, INTERACTIVE):

@@ -3,7 +3,6 @@
 import ast
 import math
 import multiprocessing
-import os
 import pickle
 import signal
 import subprocess
@@ -140,15 +139,19 @@ def no_meminfo(monkeypatch):
     monkeypatch.setattr("builtins.open", opened)
 
 
+def test_files_that_a_container_has_read_do_not_count_as_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(utils, "CGROUP", tmp_path)
+    unlimited = utils.available_memory()
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 600\ninactive_file 450\nactive_file 100\n")
+    assert utils.available_memory() == pytest.approx(unlimited, rel=0.1)
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert utils.available_memory() == 1000 - 900 + 450 + 100
+
+
 def test_memory_on_macos_is_not_known_and_not_asked(monkeypatch, capsys):
     no_meminfo(monkeypatch)
-
-    def sysconf(name):
-        raise ValueError("unrecognized configuration name")
-
-    monkeypatch.setattr(os, "sysconf", sysconf)
-    assert utils.available_memory() is None
-    monkeypatch.delattr(os, "sysconf")
     assert utils.available_memory() is None
     probe = SimpleNamespace(features=lambda video: torch.zeros(2, 8), eval=lambda: None)
     monkeypatch.setattr(engine_for_finetuning, "prepare", lambda video, recipe: video)

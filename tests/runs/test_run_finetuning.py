@@ -114,6 +114,10 @@ def test_eval_alone_repeats_the_test(labelled, finetuned, tmp_path):
     assert (folder / "args.json").read_bytes() == described and (folder / "eval_args.json").exists()
     assert "acc1_best" in json.loads((folder / "test.json").read_text())  # kept from the run
     named = [*here, "--finetune", str(folder / "checkpoint-2.pth"), "--batch_size", "4"]
+    for flags, sides in (([], (32, 32)), (["--crop_pct", "0.8"], (40, 32)), (["--input_size", "48"], (48, 48))):
+        args = parse_args([*named, *flags])
+        check_flags(args)
+        assert (args.short_side_size, args.input_size) == sides
     main([*named, "--output_dir", str(tmp_path / "ema")])
     assert np.array_equal(scores(tmp_path / "ema"), reference)
     main([*named, "--output_dir", str(tmp_path / "raw"), "--no-model_ema"])
@@ -315,6 +319,10 @@ def test_probe_trains_only_its_head(kind, cache, labelled, pretrained, tmp_path)
     reference = scores(tmp_path)
     run_here(labelled, f"--{kind}_probe", "--eval", "--output_dir", tmp_path)
     assert np.array_equal(scores(tmp_path), reference)
+    run_here(
+        labelled, f"--{kind}_probe", "--eval", "--output_dir", tmp_path, "--batch_size", 1
+    )  # of running statistics
+    assert np.allclose(scores(tmp_path), reference, atol=1e-5)
 
 
 def test_knn_writes_a_report_without_training(labelled, pretrained, tmp_path, capsys):

@@ -28,6 +28,17 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("name", ["tats", "tube"])
+def test_a_run_whose_decoder_is_spared_tokens_is_drawn_whole(trained, name, tmp_path):
+    state = torch.load(trained / name / "checkpoint-0.pth", weights_only=True)
+    state["args"]["decoder_mask_ratio"] = 0.5
+    torch.save(state, tmp_path / "spared.pth")
+    vis = run_mae_vis.Trained(str(tmp_path / "spared.pth"), [])
+    clip = run_mae_vis.read_clip(str(next((trained / "shapes/videos").glob("*.mp4"))), vis.args)
+    error = run_mae_vis.rows_of(vis, clip, top_k=False)[0][2][1]
+    assert np.isnan(error).sum() == vis.sampler.num_visible
+
+
 def test_figure_rows_follow_the_paper(trained):
     vis = run_mae_vis.Trained(str(trained / "tats/checkpoint-0.pth"), [])
     clip = run_mae_vis.read_clip(str(next((trained / "shapes/videos").glob("*.mp4"))), vis.args)
@@ -179,6 +190,8 @@ def test_the_published_order_of_places(trained, tmp_path):
     places = [video, str(tmp_path / "demo"), str(tmp_path / "videomae.pth")]
     run_mae_vis.main([*flags.split(), *places])
     assert len(list((tmp_path / "demo").glob("*.png"))) == 1
+    with pytest.raises(SystemExit, match=naming("error: ", video, "behind all flags")):
+        run_mae_vis.main([*places, *flags.split()])
     for wrong in (places[:2], [*places, "--videos", video]):
         with pytest.raises(SystemExit, match=naming("error: ", "--model_path", video)):
             run_mae_vis.main([*flags.split(), *wrong])

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -336,9 +337,36 @@ def test_a_compiler_that_fails_is_one_line_and_other_errors_stay_as_they_are():
     failure = torch._dynamo.exc.TorchDynamoException("no working compiler\n\ndetails")
     with pytest.raises(SystemExit, match=naming("--compile", "no working compiler")):
         run_script(train, argparse.Namespace(compile=True, error=failure))
-    for arguments in (dict(compile=False, error=failure), dict(compile=True, error=RuntimeError("other"))):
+    for arguments in (
+        dict(compile=False, error=failure),
+        dict(compile=True, error=RuntimeError("other")),
+        dict(error=NotImplementedError()),  # without a message
+    ):
         with pytest.raises(RuntimeError):
             run_script(train, argparse.Namespace(**arguments))
+
+
+@pytest.mark.parametrize("mask_type", ["tube", "tats"])
+def test_a_clip_may_be_one_frame(shapes, tmp_path, mask_type):
+    flags = ["--num_frames", 1, "--tubelet_size", 1, "--mask_type", mask_type, "--tats_start_epoch", 0]
+    run_here(shapes, *flags, "--epochs", 1, "--output_dir", tmp_path)
+    (record,) = read_log(tmp_path)
+    assert math.isfinite(record["train_loss"]) and record["train_motion_lift"] == 0  # no motion
+
+
+def test_an_output_that_nobody_reads_is_not_taken_for_a_dead_loader(shapes, tmp_path):
+    flags = ["--mask_type", "random", "--epochs", 500, "--save_ckpt_freq", 1, "--output_dir", tmp_path]
+    process = subprocess.Popen(command(shapes, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    try:
+        process.stdout.readline()
+        process.stdout.close()  # as head does
+        error = process.stderr.read()
+        assert process.wait(timeout=60) == 1
+    finally:
+        process.kill()
+    assert error.count("\n") == 1
+    assert_names(error, "error: ", "output", "resumes")
 
 
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer"),

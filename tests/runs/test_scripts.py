@@ -89,6 +89,32 @@ def test_finetuning_parses_with_the_papers_settings(path):
     assert (probe.mixup, probe.weight_decay, probe.layer_decay) == (0, 0, 1)
 
 
+@pytest.mark.parametrize("scale", ["paper", "tiny"])
+@pytest.mark.parametrize(
+    "path", [*FINETUNE, *(p for p in OTHERS if p.name == "finetune.sh")], ids=lambda p: p.parent.name
+)
+def test_probes_have_the_defaults_of_probes_in_every_script(path, scale):
+    environment = dict(DATA_PATH="lists", MODEL_PATH="a.pth", GPUS="0", SCALE=scale, NB_CLASSES="3")
+    for kind in ("linear_probe", "attentive_probe"):
+        args, _ = parsed(path, f"--{kind}", **environment)
+        differ = {
+            name: getattr(args, name)
+            for name, value in run_class_finetuning.PROBE_DEFAULTS.items()
+            if getattr(args, name) != value
+        }
+        assert not differ and args.output_dir.endswith(f"_{kind}_from_a")
+    for flag in (["--knn", "5"], ["--knn=5"]):
+        args, _ = parsed(path, *flag, **environment)
+        assert args.knn == 5 and args.output_dir.endswith("_knn_from_a")
+    trained, _ = parsed(path, **environment)
+    assert trained.aa == ("none" if scale == "tiny" else "rand-m9-mstd0.5-inc1")
+
+
+def test_clean_removes_no_results():
+    removed = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [word for word in removed.split() if word.startswith("output")] == ["output/gpu"]
+
+
 def test_environment_and_extra_flags_override():
     path = ROOT / "scripts/ssv2/pretrain_tats.sh"
     env = dict(

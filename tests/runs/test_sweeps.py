@@ -68,12 +68,16 @@ def test_the_ablations_on_the_embedded_data_are_all_of_them_within_their_epochs(
     assert len(found) == 28 * 2
     starts = {int(words[words.index("--tats_start_epoch") + 1]) for words in found if "--tats_start_epoch" in words}
     assert starts == {0, 1, 2, 3}  # of 4 epochs
-    baselines = re.findall(r"\[(\w+)\]=([^\s)]+)", (COMPARE / "ablations.sh").read_text())
-    assert {block for block, _ in baselines} == {path.stem for path in ABLATIONS.glob("*.sh")}
-    for block, value in baselines:
-        by = re.search(r"--by (\w+)", (ABLATIONS / f"{block}.sh").read_text())[1]
+    baselines = dict(re.findall(r'\[(\w+)\]="?([^\s)"]+[^)"\[\n]*)', (COMPARE / "ablations.sh").read_text()))
+    assert baselines.keys() == {path.stem for path in ABLATIONS.glob("*.sh")}
+    for block, values in baselines.items():
+        by = re.search(r"--by ([a-z_ ]+) --paper", (ABLATIONS / f"{block}.sh").read_text())[1].split()
+        values = values.split()
+        assert len(values) == len(by), block
         rows = units(COMPARE / "ablations.sh", DATA_PATH="shapes", SEEDS="0", BLOCKS=block)
-        assert any(is_value(getattr(get_parser().parse_args(words[4:]), by), value) for words in rows), block
+        rows = [get_parser().parse_args(words[4:]) for words in rows]
+        assert sum(all(is_value(getattr(row, name), value) for name, value in zip(by, values, strict=True))
+                   for row in rows) == 1, block  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted(ABLATIONS.glob("*.sh")), ids=lambda p: p.stem)
@@ -81,7 +85,7 @@ def test_ablations_have_the_papers_rows_and_flags_that_exist(path):
     rows = set()
     table = re.search(r"--paper (table\d)", path.read_text())[1]
     by = re.search(r"--by ([a-z_ ]+) --paper", path.read_text())[1].split()
-    for name, method, ratio, _, *flags in units(path, DATA_PATH="lists"):
+    for name, method, ratio, _, *flags in units(path, DATA_SET="ucf101", DATA_PATH="lists"):
         args = get_parser().parse_args(["--mask_type", method, "--mask_ratio", ratio, *flags])
         check_flags(args)
         row = tuple(getattr(args, flag) for flag in by)
@@ -135,6 +139,9 @@ def test_settings_that_make_no_sense_are_said_before_anything_starts(environment
         ("map.sh", dict(SLURM_ARRAY_TASK_ID="0"), ["array"]),
         ("ablations.sh", dict(SLURM_ARRAY_TASK_ID="0"), ["array"]),
         ("ablations.sh", dict(BLOCKS="attention heads"), ["BLOCKS=heads", "rollout"]),
+        ("map.sh", dict(METHODS="random block"), ["METHODS=block"]),
+        ("map.sh", dict(METHODS="random block", LIST="1"), ["METHODS=block"]),
+        ("ablations.sh", dict(SEEDS="one"), ["SEEDS=one"]),
         ("collapse.sh", dict(MODEL_PATH="no/such/run"), ["no/such/run", "make compare"]),
         ("collapse.sh", dict(MODEL_PATH=".", MASK_RATIOS="0.75 0.85"), ["MASK_RATIOS"]),
         ("collapse.sh", dict(MODEL_PATH=".", OBJECTIVES="ppo dpo"), ["OBJECTIVES=dpo"]),
@@ -143,7 +150,16 @@ def test_settings_that_make_no_sense_are_said_before_anything_starts(environment
 def test_the_other_sweeps_say_it_too(script, environment, parts, tmp_path):
     result = sweep(COMPARE / script, **dict(OUTPUT_DIR=str(tmp_path / "o"), PYTHON="false") | environment)
     assert result.returncode == 2 and not result.stdout and not list(tmp_path.iterdir())
-    assert_names(result.stderr, "error: ", *parts)
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert_names(result.stderr, *parts)
+
+
+def test_ablations_of_the_embedded_data_have_ratios_and_epochs_that_show_something():
+    for path in ABLATIONS.glob("*.sh"):
+        assert {words[2] for words in units(path, DATA_PATH="lists")} == {"0.75"}
+        assert {words[2] for words in units(path, DATA_SET="ucf101", DATA_PATH="lists")} == {"0.95"}
+    starts = [int(words[words.index("--tats_start_epoch") + 1]) for words in units(ABLATIONS / "rollout.sh")]
+    assert max(starts) < 4
 
 
 def test_off_is_0_and_a_dry_run_is_the_list(tmp_path):
@@ -244,9 +260,11 @@ def quick(tmp_path):
         PYTHON=str(python), CALLS=str(calls), FAIL="", EVALUATIONS="finetune"
     )
 
-    def run(script: str = "embedded.sh", **more: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+    def run(
+        script: str = "embedded.sh", *flags: str, **more: str
+    ) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
         calls.write_text("")
-        result = sweep(COMPARE / script, cwd=tmp_path, **fixed | more)
+        result = sweep(COMPARE / script, *flags, cwd=tmp_path, **fixed | more)
         return result, [shlex.split(line) for line in calls.read_text().splitlines()]
 
     fixed["REAL"] = sys.executable
@@ -318,7 +336,49 @@ def test_shapes_of_other_settings_are_refused(quick, tmp_path):
     assert result.returncode and not list(tmp_path.glob("new*"))
 
 
+def test_units_at_one_time_have_gpus_of_their_own(quick, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: A (UUID: GPU-$i)"; done\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    python = tmp_path / "python"
+    python.write_text(PYTHON.replace("case $1", 'echo "$CUDA_VISIBLE_DEVICES" >> "$DEVICES.$$"; sleep 0.1\ncase $1'))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    on_path = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", EVALUATIONS="", SEEDS="0 1 2 3 4")
+
+    def seen(**environment: str) -> set[str]:
+        devices = tmp_path / "devices"
+        result, _ = quick(
+            DEVICES=str(devices), OUTPUT_DIR=str(tmp_path / "".join(environment.values())), **on_path | environment
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        found = [path.read_text().strip() for path in tmp_path.glob("devices.*")]
+        for path in tmp_path.glob("devices.*"):
+            path.unlink()
+        assert len(found) == 6  # with the table's
+        return set(found) - {environment.get("CUDA_VISIBLE_DEVICES", "")}
+
+    assert seen(JOBS="2", GPUS="2") == {"0,1", "2,3"}
+    assert seen(JOBS="3", GPUS="1") == {"0", "1", "2"}
+    assert seen(JOBS="2", GPUS="1", CUDA_VISIBLE_DEVICES="5,GPU-7") == {"5", "GPU-7"}
+    assert seen(JOBS="2", GPUS="0") == seen(JOBS="1", GPUS="2") == set()  # as they are
+    result, calls = quick(JOBS="3", GPUS="2", OUTPUT_DIR="many", **on_path)
+    assert result.returncode == 2 and not calls
+    assert_names(result.stderr, "error: ", "JOBS=3", "GPUS=2", "4")
+
+
+def test_table_1_can_stand_beside_table_9_and_table_2_beside_table_1(quick):
+    ssv2 = dict(DATA_SET="ssv2", METHODS="tube", MASK_RATIOS="0.9")
+    _, calls = quick("table1.sh", **ssv2)
+    assert calls[-1][-4:] == ["--paper", "table1", "--data_set", "SSv2"]
+    for flags in (["--paper", "table9"], ["--paper=table9"]):
+        _, calls = quick("table1.sh", *flags, **ssv2)
+        assert calls[-1][-2 - len(flags) :] == ["--baseline", "tube", *flags]
+    _, calls = quick("table2.sh", TO_SET="ucf101", TO_PATH="shapes", **ssv2)
+    outputs = [calls[-1][i + 1] for i, word in enumerate(calls[-1]) if word == "--output"]
+    assert outputs[-1].endswith("out/table2_ucf101")
+
+
 def test_measures_are_made_once(quick, tmp_path):
+    assert "tools/measure.py" not in str(quick(MEASURE="0", OUTPUT_DIR="out_0")[1])
     for evaluations in ("", "finetune"):
         out = tmp_path / f"out_{evaluations}"
         _, calls = quick(MEASURE="1", EVALUATIONS=evaluations, OUTPUT_DIR=str(out))

@@ -203,6 +203,13 @@ def test_split_by_score_takes_the_highest_scores():
     assert visible.tolist() == [[2, 3]] and masked.tolist() == [[0, 1]]
 
 
+def test_one_frame_has_no_motion_and_a_mask_all_the_same():
+    video = torch.randn(2, 3, 1, 32, 32)
+    assert torch.equal(motion_energy(video, (1, 4, 4)), torch.zeros(2, 16))
+    for sampler in (MotionMask((1, 4, 4), 0.75), FrameMask((1, 4, 4), 0.75)):
+        assert sampler(video, torch.arange(2)).visible.shape == (2, 4)
+
+
 @pytest.mark.parametrize("grid, pixels", [((2, 3, 2), (2, 2, 3)), ((3, 1, 2), (1, 4, 2)), ((1, 2, 2), (4, 1, 1))])
 def test_motion_energy_equals_a_naive_loop(grid, pixels):
     video = make_video(2, grid, pixels)

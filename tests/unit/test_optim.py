@@ -1,5 +1,6 @@
 import copy
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -143,6 +144,14 @@ def test_optimizers_by_name_lower_a_loss(opt):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_the_number_of_betas_is_the_optimizers():
+    groups = parameter_groups(make_groups(), 0.0)
+    assert create_optimizer(groups, "adan", betas=[0.9, 0.95, 0.99]).defaults["betas"] == (0.9, 0.95, 0.99)
+    for opt, betas in (("adan", [0.9, 0.95]), ("adamw", [0.9, 0.95, 0.99]), ("lion", [0.9, 0.95, 0.99])):
+        with pytest.raises(ValueError, match=naming("--opt_betas", f"--opt {opt}", 5 - len(betas))):
+            create_optimizer(groups, opt, betas=betas)
 
 
 def test_an_unknown_optimizer_is_refused():
@@ -307,3 +316,12 @@ def test_a_resumed_run_uses_its_own_settings_and_the_saved_moments():
     assert {group["lr"] for group in second.optimizer.param_groups} == {7.0}
     moments = [[state["exp_avg"] for state in b.optimizer.state.values()] for b in (first, second)]
     assert_same(*moments)
+    saved = copy.deepcopy(first.state_dict())
+    for group in saved["optimizer"]["param_groups"]:
+        del group["fused"]  # as DeepSpeed's kernel leaves it
+    third = make_backend("adamw", lr=7.0)
+    with mock.patch.object(third.optimizer, "load_state_dict", wraps=third.optimizer.load_state_dict) as load:
+        third.load_state_dict(saved)
+    # by this torch decides on which device the step count lies, which a fused kernel needs on the GPU
+    assert all(group["fused"] for group in load.call_args[0][0]["param_groups"])
+    assert_same(moments[0], [state["exp_avg"] for state in third.optimizer.state.values()])
