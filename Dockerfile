@@ -1,6 +1,7 @@
 # An image that trains on a GPU of its host or on the CPU, with DeepSpeed, decord and mmcv:
 #     docker build -t tats .
-#     docker run --rm --gpus all --shm-size 8g -v /data:/data tats python run_mae_pretraining.py --data_path /data/train.csv
+#     docker run --rm --gpus all --shm-size 8g -v /data:/data -v "$PWD/output:/tats/output" tats \
+#         python run_mae_pretraining.py --data_path /data/train.csv --output_dir output/run
 # --gpus all needs NVIDIA's container toolkit; --shm-size is for the loader's processes.
 # Built with buildah on another base image, never with Docker or on a GPU (docs/LOG.md).
 FROM python:3.13-slim

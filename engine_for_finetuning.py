@@ -16,8 +16,8 @@ from datasets.transforms import normalize
 from runtime.backend import AMP_DTYPES, Backend
 from runtime.epoch import EpochRunner, Recipe, RunState
 from runtime.knn import knn_votes
-from runtime.tasks import SINGLE_LABEL, Task, correct, ranking, single_label_measures
-from utils import UsageError, available_memory, format_time, log
+from runtime.tasks import SINGLE_LABEL, Task, correct, ranking
+from utils import UsageError, all_gather_object, available_memory, format_time, log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +104,6 @@ class Scores(NamedTuple):
     def measures(self, task: Task = SINGLE_LABEL) -> dict[str, float]:
         return task.measures(self.probability, self.label, self.found)
 
-    def accuracy(self, k: int) -> float:
-        """Top-k in %; a video that could not be read is wrong."""
-        return 100 * self.correct(k).double().mean().item()
-
     def ranking(self) -> Tensor:
         """See runtime.tasks.ranking."""
         return ranking(self.probability)
@@ -119,10 +115,6 @@ class Scores(NamedTuple):
     def predicted(self) -> Tensor:
         """int64 [n]: the most probable class, -1 where the video could not be read."""
         return self.ranking()[:, 0].where(self.found, -1)
-
-    def loss(self) -> float:
-        """Mean negative log of the label's probability over the videos read."""
-        return single_label_measures(*self[:3])["loss"]
 
 
 @torch.no_grad()
@@ -163,10 +155,7 @@ def gather(index: Tensor, probability: Tensor, failed: list[str], label: Tensor)
 
     Raises: RuntimeError where a video was predicted twice, is neither predicted nor failed, or has no finite score.
     """
-    parts = [(index, probability, failed)]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (index, probability, failed))
+    parts = all_gather_object((index, probability, failed))
     index = torch.cat([part[0] for part in parts])
     failed = sorted(failure for part in parts for failure in part[2])
     times = torch.bincount(index, minlength=len(label))
@@ -256,17 +245,12 @@ class FeatureLoader:
             yield dict(video=self.features[chosen], label=self.label[chosen], failed=[])
 
 
-class StoredViews:
+class StoredViews(list):
     """The validation loader's place: its batches with features in place of clips."""
 
     def __init__(self, loader, batches: list[dict]):
-        self.dataset, self.batches = loader.dataset, batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[dict]:
-        return iter(self.batches)
+        super().__init__(batches)
+        self.dataset = loader.dataset
 
 
 @torch.no_grad()

@@ -36,12 +36,7 @@ def masked_error(prediction: Tensor, pixels: Tensor, mask: Mask, recipe: Pretrai
 
 
 def train_one_epoch(
-    backend: Backend,
-    sampler: MaskSampler,
-    loader,
-    recipe: PretrainRecipe,
-    epoch: int,
-    state: RunState | None = None,
+    backend: Backend, sampler: MaskSampler, loader, recipe: PretrainRecipe, epoch: int, state: RunState | None = None
 ) -> dict[str, float]:
     """backend.unwrapped: the MAE, or where the sampler is learned the JointModel of both. Returns epoch means."""
     backend.unwrapped.train()
@@ -82,13 +77,11 @@ def sampler_metrics(mask: Mask, error: Tensor, texture: Tensor) -> dict[str, Ten
     expected probability of a drawn token in units of 1/N; texture lift, 0 = it draws flat patches alone.
 
     texture: texture_energy of the clips, float32 [B, N]."""
-    probability = mask.log_prob.exp()
-    num_tokens = probability.shape[1]
-    entropy = -(probability * mask.log_prob).sum(dim=1).mean()
-    contrast = num_tokens * probability.square().sum(dim=1).mean()
+    num_tokens = mask.log_prob.shape[1]
+    contrast = num_tokens * mask.log_prob.exp().square().sum(dim=1).mean()
     return {
         "reward": error.mean(),
-        "entropy": entropy / math.log(num_tokens),
+        "entropy": ppo.entropy(mask.log_prob) / math.log(num_tokens),
         "contrast": contrast,
         "texture_lift": motion_lift(texture, mask.visible),
     }

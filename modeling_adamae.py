@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from masking_generator import LearnedSampler
-from modeling_finetune import Block, zero_gradient
+from modeling_finetune import Block, xavier_init, zero_gradient
 
 
 class AdaMAESampler(LearnedSampler):
@@ -33,11 +33,7 @@ class AdaMAESampler(LearnedSampler):
         # Names and initial values are AdaMAE's, so that its checkpoints load.
         self.pos_embed_probs = nn.Parameter(torch.zeros(1, self.num_tokens, dim))
         self.get_token_probs = nn.Sequential(Block(dim, num_heads, drop=0.1), nn.Linear(dim, 1))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(xavier_init)
         zero_gradient(self.get_token_probs[-1].bias)
 
     def policy(self, tokens: Tensor) -> tuple[Tensor, None]:

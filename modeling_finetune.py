@@ -61,6 +61,14 @@ def is_sinusoid_encoding_table(table: Tensor) -> bool:
     return torch.allclose(value, fixed, rtol=0, atol=max([1e-4, *(torch.finfo(kind).eps for kind in halves)]))
 
 
+def xavier_init(module: nn.Module) -> None:
+    """Initial values of linear layers in the autoencoder and the samplers (with module.apply)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 def zero_gradient(parameter: nn.Parameter, size: int | None = None) -> None:
     """Makes the gradient of a parameter, or of its first size elements, exactly 0.
 

@@ -21,14 +21,8 @@ from modeling_finetune import (
     get_sinusoid_encoding_table,
     register,
     run_blocks,
+    xavier_init,
 )
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 class PretrainVisionTransformerEncoder(nn.Module):
@@ -76,7 +70,7 @@ class PretrainVisionTransformerEncoder(nn.Module):
         )  # fmt: skip
         self.norm = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        self.apply(_init_weights)
+        self.apply(xavier_init)
 
     def forward(self, x: Tensor, mask: Mask, tokens: Tensor | None = None) -> Tensor:
         if tokens is None:
@@ -120,7 +114,7 @@ class PretrainVisionTransformerDecoder(nn.Module):
         )  # fmt: skip
         self.norm = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        self.apply(_init_weights)
+        self.apply(xavier_init)
 
     def forward(self, x: Tensor, return_token_num: int) -> Tensor:
         return self.head(self.norm(run_blocks(self.blocks, x, self.use_checkpoint, return_token_num)))

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ppo
 from masking_generator import LearnedSampler
-from modeling_finetune import LAYER_NORM, Attention, get_sinusoid_encoding_table, zero_gradient
+from modeling_finetune import LAYER_NORM, Attention, get_sinusoid_encoding_table, xavier_init, zero_gradient
 from trajectory_attention import TrajectoryAttention
 
 ATTENTIONS = ("orthoformer", "trajectory", "mha")
@@ -144,7 +144,7 @@ class TATS(LearnedSampler):
         if objective == "ppo":
             self.critic = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
             heads.append(self.critic[-1])
-        self.apply(_init_weights)
+        self.apply(xavier_init)  # as the autoencoder; 0.02 leaves narrow attention uniform
         # p = 1/N at the start: a random actor would hide whole regions from the encoder for long. V = 0 too,
         # lest the critic's first estimates differ from clip to clip by more than the rewards do.
         for head in heads:
@@ -188,10 +188,3 @@ class TATS(LearnedSampler):
         if self.objective == "listwise":
             return ppo.listwise_loss(log_prob, episode, self.tau)
         return ppo.sampling_loss(log_prob, value, episode, moments=moments, **self.ppo)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)  # as the autoencoder; 0.02 leaves narrow attention uniform
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

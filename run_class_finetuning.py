@@ -314,11 +314,7 @@ NOT_OF_A_PROBE = {
     "init_scale": 0.001,
 }
 REFUSALS: Refusals = [
-    (
-        "crop_scale",
-        lambda args: not are_shares(args.crop_scale),
-        "must be two shares, 0 < least <= most <= 1",
-    ),
+    ("crop_scale", lambda args: not are_shares(args.crop_scale), "must be two shares, 0 < least <= most <= 1"),
     (
         "cutmix_minmax",
         lambda args: (
@@ -542,9 +538,9 @@ def load_finished(args, path: str | Path, state: dict, keys: str = "model") -> t
 
 
 class Run:
-    """Model, optimizer, moving average and the best validation so far: the state that a checkpoint holds.
+    """Model, optimizer, moving average and the best validation so far: the state that a checkpoint contains.
 
-    found: the checkpoint to go on from; its weights are loaded here, the rest by load(). names: of the classes.
+    found: the checkpoint to resume from; its weights are loaded here, the rest by load(). names: of the classes.
     """
 
     def __init__(
@@ -580,14 +576,14 @@ class Run:
         return copy.deepcopy(self.ema.module).to(self.device) if self.args.model_ema_force_cpu else self.ema.module
 
     def weights(self, epoch: int) -> dict:
-        """What checkpoint-best.pth holds; `model` has VideoMAE's names. Every process has to ask."""
+        """What checkpoint-best.pth contains; `model` has VideoMAE's names. Every rank calls it."""
         model = self.backend.weights(self.backend.unwrapped)
         state = {"model": model, "epoch": epoch, "best": self.best, "args": vars(self.args)}
         state["class_names"] = self.names
         return state | ({"model_ema": self.ema.module.state_dict()} if self.ema else {})
 
     def state(self, epoch: int, midway: dict | None = None) -> dict:
-        """What checkpoint-N.pth holds. epoch: the last whole one; midway: where in the next one training stands."""
+        """What checkpoint-N.pth contains. epoch: the last whole one; midway: where in the next one training is."""
         rest = {"rng": rng_state(self.device), "unvalidated": self.unvalidated} | ({"midway": midway} if midway else {})
         return self.weights(epoch) | self.backend.state_dict() | rest
 

@@ -344,7 +344,7 @@ def phases(args) -> Phases:
 
 
 class Run:
-    """Models, backends and the state that a checkpoint holds. found: the checkpoint to resume from."""
+    """Models, backends and the state that a checkpoint contains. found: the checkpoint to resume from."""
 
     def __init__(self, args, device: torch.device, found: tuple[Path, dict] | None = None):
         self.args, self.device = args, device
@@ -506,7 +506,7 @@ def train(args) -> None:
     log(
         f"{args.model}: {run.num_parameters / 1e6:.1f} M parameters, {args.mask_type}: "
         f"{run.num_sampler_parameters / 1e6:.1f} M"
-        f"\n{run.sampler.num_tokens} tokens a clip {run.mae.grid}, {run.sampler.num_visible} visible"
+        f"\n{run.sampler.num_tokens} tokens per clip {run.mae.grid}, {run.sampler.num_visible} visible"
         f"\n{describe_schedule(args, recipe)}"
     )
     if run.warming_up(args.epochs - 1):

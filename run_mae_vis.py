@@ -1,4 +1,4 @@
-"""Draw what a pre-trained masked autoencoder and its sampler do with videos: one PNG a video, laid out as the paper's
+"""Draw what a pre-trained masked autoencoder and its sampler do with videos: one PNG per video, laid out as the paper's
 figures: frames, reconstruction, error, sampling probability, mask, the mask of a second checkpoint, and the trajectory
 attention of one token (--attention) and the optical flow (--flow); with --gif also an animation of the mask.
 
@@ -246,7 +246,7 @@ def flow_row(trained: Trained, clip: torch.Tensor) -> tuple[str, np.ndarray, Non
     full = max(np.quantile(speed, 0.98), 1e-3)  # pixels in full colour: outliers at the edges would pale the rest
     flow = flow * np.minimum(1, full / np.maximum(speed, 1e-9))
     colours = flow2rgb(flow.reshape(-1, *flow.shape[2:])).reshape(*flow.shape[:3], 3)
-    note = f"(up to {full:.1f} pixels a frame;\nright red, down yellow,\nleft cyan, up violet)"
+    note = f"(up to {full:.1f} pixels per frame;\nright red, down yellow,\nleft cyan, up violet)"
     return f"optical flow\n{note}", colours.clip(0, 1), None
 
 

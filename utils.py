@@ -1,4 +1,4 @@
-"""Processes, seeds, metrics and the files a run writes."""
+"""Processes, seeds, memory and the files a run writes."""
 
 import contextlib
 import datetime

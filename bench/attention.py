@@ -12,7 +12,7 @@
 Forward is that of training (it keeps what the backward pass needs); both is forward and backward, with gradients of the
 input and all weights. memory: the peak of both over input and weights. GFLOP, of both: matrix products and fused
 attention, without the search for landmarks; of peak: that many a second over the rate of one big matrix product in the
-same rounds. --sweep: a second table, of more frames and of more tokens a frame. Left out, "-": naive where its N x N
+same rounds. --sweep: a second table, of more frames and of more tokens per frame. Left out, "-": naive where its N x N
 weights exceed --naive_limit.
 """
 
@@ -103,7 +103,7 @@ class Case:
 
 
 def sweep_sizes(flags: argparse.Namespace) -> list[tuple[int, int]]:
-    """(frames, tokens a frame); 7, 14 and 24 patches a side are 112, 224 and 384 pixels."""
+    """(frames, tokens per frame); 7, 14 and 24 patches per side are 112, 224 and 384 pixels."""
     side = math.isqrt(flags.tokens)
     longer = [(max(flags.frames * factor // 2, 1), flags.tokens) for factor in (1, 2, 4, 8)]
     return longer + [(flags.frames, max(s, 1) ** 2) for s in (side // 2, side * 12 // 7)]

@@ -30,7 +30,7 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--threads", default=0, type=int, help="of the CPU (torch's own number)")
     parser.add_argument("--sweep", action="store_true", help="also how the cost grows with the size")
-    parser.add_argument("--skip_memory", action="store_true", help="it takes a process a row on a CPU")
+    parser.add_argument("--skip_memory", action="store_true", help="it takes a process per row on a CPU")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # the row a fresh process measures
     return parser
 
@@ -99,10 +99,7 @@ for end in ("", "_backward"):  # torch before 2.15 does not count the CPU's kern
 def count_flop(call: Callable[[], object]) -> int:
     """Multiplications and additions of the matrix products and fused attention that call runs, recomputed ones too;
     elementwise operations, norms, softmaxes, sorts and the optimizer are not in it. Compiled modules run eagerly."""
-    with (
-        torch.compiler.set_stance("force_eager"),
-        FlopCounterMode(display=False) as counter,
-    ):
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 

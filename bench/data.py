@@ -1,15 +1,15 @@
-"""Clips a second of the pre-training loader, as a ratio to VideoMAE's published way of loading, in the same run.
+"""Clips per second of the pre-training loader, as a ratio to VideoMAE's published way of loading, in the same run.
 
     python bench/data.py [--videos LIST] [--rounds 5] [--workers 0 1 2] [--clips 24] [flags below]
 
 The reference is `classic`, that way in our own words: decord, one thread; the 16 frames as PIL images, each cropped and
-resized (bilinear) by PIL; stacked, made float, normalised, one clip a decode. Ours ends at uint8 and leaves the last
+resized (bilinear) by PIL; stacked, made float, normalised, one clip per decode. Ours ends at uint8 and leaves the last
 steps to the device. `resized` are the same files after tools/resize_videos.py with its defaults. All go through
-DataLoader with the same settings and one thread a process. Rounds visit every row in turn, which spreads the noise of a
-shared machine over all; medians over rounds are printed, in brackets the ratio to `classic` with as many workers. A
+DataLoader with the same settings and one thread per process. Rounds visit every row in turn, which spreads the noise of
+a shared machine over all; medians over rounds are printed, in brackets the ratio to `classic` with as many workers. A
 second table says where a clip's milliseconds go.
 
---videos is a list, `path label` a line. Without it files are made: 320 x 240, 300 frames of 1.1 kB, H.264 with x264's
+--videos is a list, `path label` per line. Without it files are made: 320 x 240, 300 frames of 1.1 kB, H.264 with x264's
 defaults (key frames up to 250 apart, B-frames, crf 23). They show a texture with about the 1/f spectrum of natural
 images, panned by half pixels, a patch of another that crosses it, and a little noise.
 """
@@ -219,7 +219,7 @@ def compare(flags, folder):
     print(f"{len(paths)} files of {size:.0f} kB; clips/s by number of loader processes, {visits}")
     print_table(["", *map(str, flags.workers)], [[name, *(cell(name, n) for n in flags.workers)] for name in rows])
     times = {name: shares(make) for name, make in ours.items()}
-    columns = ["ms a clip, one process", "open", "decode to RGB", "crop, resize", "flip, copies, collate", "sum"]
+    columns = ["ms per clip, one process", "open", "decode to RGB", "crop, resize", "flip, copies, collate", "sum"]
     print_table(columns, [[name, *(f"{value:.2f}" for value in values)] for name, values in times.items()])
     print(f"peak resident memory of this process: {peak_memory(torch.device('cpu')) * 1024:.0f} MiB")
 

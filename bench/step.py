@@ -10,11 +10,11 @@ transformers is the reference: Hugging Face's VideoMAEForPreTraining with the tu
 optimizer and mixed precision; nothing is timed if predictions or loss differ. It computes its own target, logs nothing
 where the engines keep metrics, and is never compiled.
 
-TFLOP: matrix products and fused attention of a step; of peak: that many a second over the rate of one big matrix
+TFLOP: matrix products and fused attention of a step; of peak: that many per second over the rate of one big matrix
 product in the same rounds. memory: a step's peak over weights, optimizer states and batch. --sweep: tables of more
 frames, more pixels and other mask ratios besides. With --compile the first step is timed apart.
 
---memory measures on a GPU. With --device cpu it computes what a GPU would hold: the engines run on fake tensors on
+--memory measures on a GPU. With --device cpu it computes what a GPU would need: the engines run on fake tensors on
 `cuda`, shapes without data, and the bytes of all live ones are added up: weights, AdamW's state, gradients,
 activations, and workspaces that operators allocate as tensors. Not in it: what the allocator rounds up and cannot
 reuse, cuBLAS workspaces and the CUDA context.
@@ -271,7 +271,7 @@ def report(rows: list[Row], references: dict[str, dict[str, str]], flags, rounds
     print(header(device, dtype, product.peak(seconds["product"])))
     unless = "unless the row says otherwise: " if any(row.override for row in rows) else ""
     print(unless + describe(parse(flags, flags.rest, dtype), f"{rounds} rounds, steps a round: {flags.steps}"))
-    columns = ["masks", "ms a step", "clips/s", *references, "TFLOP", "TFLOP/s", "of peak"]
+    columns = ["masks", "ms per step", "clips/s", *references, "TFLOP", "TFLOP/s", "of peak"]
     if not flags.skip_memory:
         columns.append("memory MB")
     if compiled:
@@ -368,11 +368,7 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--steps", default=0, type=int, help="a round (1; on a GPU 10)")
     parser.add_argument("--tiny", action="store_true", help="64 pixels, 8 frames, width 96, batch 16")
-    parser.add_argument(
-        "--memory",
-        action="store_true",
-        help="the paper's memory table instead (mask ratio 0.95)",
-    )
+    parser.add_argument("--memory", action="store_true", help="the paper's memory table instead (mask ratio 0.95)")
     flags, rest = parser.parse_known_args()
     flags.rest = rest
     run_script(bench, flags)

@@ -12,13 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from datasets.lists import ListError
-from datasets.transforms import (
-    FinetuneTransform,
-    PretrainTransform,
-    auto_augmentation,
-    mean_and_std,
-    spatial_crops,
-)
+from datasets.transforms import FinetuneTransform, PretrainTransform, auto_augmentation, mean_and_std, spatial_crops
 from datasets.video import EvalVideoDataset, TrainVideoDataset, collate, collate_views
 
 LOADER_TIMEOUT = 1800  # seconds without a batch after which training stops: a loader process or the disk hangs

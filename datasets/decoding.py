@@ -40,8 +40,8 @@ class RefusedVideo(VideoError):
 class VideoReader:
     """An open video: a context manager with a length, `read` and `check`.
 
-    A back end gives __init__(path), __len__, close, fetch, check and missing, and these attributes: name, of --decoder;
-    package, which it imports; path.
+    A back end gives __init__(path), the methods that raise NotImplementedError here, and these attributes: name, of
+    --decoder; package, which it imports; path.
     """
 
     name: str
@@ -84,8 +84,8 @@ class VideoReader:
         raise NotImplementedError
 
     def missing(self) -> int:
-        """How many packets the file's header claims beyond those found."""
-        raise NotImplementedError
+        """How many packets the file's header claims beyond those found, where the back end sees them."""
+        return 0
 
     def read(self, wanted: Sequence[int] | Choose, max_short_side: int | None = None) -> torch.Tensor:
         """Decodes frames.
@@ -216,9 +216,6 @@ class DecordReader(VideoReader):
             raise RefusedVideo(self.path, "the frame size changes within the video")
         height, width = sizes.pop()
         return dict(frames=length, decoded=length, width=width, height=height, errors=0, decoder=self.name)
-
-    def missing(self) -> int:
-        return 0
 
 
 class Mark(NamedTuple):

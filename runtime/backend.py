@@ -106,7 +106,7 @@ class Backend:
         elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.found_inf = bad  # the fused kernels look at it on the device
             self.optimizer.step()
-        elif not bad:  # other optimizers have to ask
+        elif not bad:  # other optimizers do not look at it
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return True
@@ -128,7 +128,7 @@ class Backend:
                 group["weight_decay"] = weight_decay
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """The state dict of self.unwrapped or of a part of it, whole; every process has to ask."""
+        """The state dict of self.unwrapped or of a part of it, whole; every rank calls it."""
         return module.state_dict()
 
     def gathered(self, module: nn.Module):
@@ -136,8 +136,8 @@ class Backend:
         return contextlib.nullcontext()
 
     def replica(self) -> nn.Module:
-        """A module with the current weights that each process may run on its own, as often as it likes; every process
-        has to ask."""
+        """A module with the current weights that each process may run on its own, as often as it likes; every rank
+        calls it."""
         return self.unwrapped
 
     def offload_replica(self) -> None:
@@ -145,7 +145,7 @@ class Backend:
 
     def state_dict(self) -> dict:
         """The optimizer's state in torch's format, keyed by the parameters' places in the groups, whatever the backend
-        and the number of processes; every process has to ask, the main one gets it whole."""
+        and the number of processes; every rank calls it, the main one gets it whole."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:

@@ -8,7 +8,6 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path, PurePath
 
 import torch
@@ -88,8 +87,8 @@ def _place(path: Path) -> tuple[int, float] | None:
 def prune_checkpoints(folder: Path, every: int, keep_last: int = 0) -> None:
     """Deletes checkpoints that newer ones replace.
 
-    The two newest stay (should one prove damaged), further those after each `every`-th epoch: all of them, or with
-    keep_last those among the keep_last newest files.
+    The two newest stay (should one prove damaged), further those after each `every`-th epoch; with keep_last in their
+    place the keep_last newest files, of whatever epoch.
     """
     for age, path in enumerate(checkpoint_files(folder)):
         epoch, steps = _place(path)
@@ -98,19 +97,19 @@ def prune_checkpoints(folder: Path, every: int, keep_last: int = 0) -> None:
             path.unlink(missing_ok=True)
 
 
-def latest_checkpoint(folder: str | Path, load: Callable[[Path], dict] | None = None) -> tuple[Path, dict] | None:
+def latest_checkpoint(folder: str | Path, own: bool = True) -> tuple[Path, dict] | None:
     """The newest checkpoint of a folder that can be read; one that is damaged is named and passed over. None where the
     folder has none at all. Raises CheckpointError where none can be read: starting afresh would write over the run.
 
-    load: load_checked for the weights of anyone's run; default load_run."""
+    own: written by this project, see load_run; False: of anyone, for its weights."""
     files = checkpoint_files(folder)
     for path in files:
         try:
-            return path, (load or load_run)(path)
+            return path, load_run(path) if own else load_checkpoint(path, verify=True)
         except CheckpointError as error:
             print(f"warning: {error}; trying the one before it", flush=True)
     if files:
-        advice = "" if load else "; to start over there use --no-auto_resume"
+        advice = "; to start over there use --no-auto_resume" if own else ""
         names = ", ".join(path.name for path in files)
         raise CheckpointError(f"{folder}: none of its checkpoints can be read ({names}){advice}")
     return None
@@ -126,7 +125,7 @@ def open_checkpoint(path: str | Path, last_resort: str = "") -> tuple[Path, dict
     for _ in range(3):  # a folder of DeepSpeed lies in a run's folder; links may lead round
         if not os.path.isdir(path):
             return Path(path), _inner(load_checkpoint(path)) | load_beside(path)
-        newest = latest_checkpoint(path, load_checked)
+        newest = latest_checkpoint(path, own=False)
         if newest:
             return newest
         if last_resort and Path(path, last_resort).is_file():
@@ -149,14 +148,9 @@ def _has_weights_key(state: dict) -> bool:
     return any(isinstance(state.get(key), dict) for key in (*MODEL_KEYS, "state_dict"))
 
 
-def load_checked(path: str | Path) -> dict:
-    """load_checkpoint of a run's file, its checksums checked."""
-    return load_checkpoint(path, verify=True)
-
-
 def load_run(path: str | Path) -> dict:
-    """load_checked of a file that a run of this project wrote, its content checked too."""
-    state = load_checked(path)
+    """A file that a run of this project wrote; its checksums and content are checked. Raises CheckpointError."""
+    state = load_checkpoint(path, verify=True)
     check_run_state(state, path)
     return state
 
@@ -180,8 +174,8 @@ def set_aside_later(folder: Path, epoch: int, steps: float, found: Path | None) 
 
 # What the entries of a run's checkpoint are.
 KINDS = {name: dict for name in ("model", "model_ema", "optimizer", "scaler", "best")}
-KINDS |= {"rng": list, "epoch": int, "step": int, "unvalidated": dict | None, "midway": dict | None}
-KINDS |= {"class_names": list}
+KINDS |= {name: dict | None for name in ("unvalidated", "midway")}
+KINDS |= {"rng": list, "class_names": list, "epoch": int, "step": int}
 
 
 def check_run_state(state: dict, path: str | Path) -> None:

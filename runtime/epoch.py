@@ -49,7 +49,7 @@ class Recipe:
 class RunState:
     """What belongs to a run under way rather than to its recipe; the default is a run that writes nothing."""
 
-    output: Path | None = None  # folder for skipped_steps.jsonl
+    output: Path | None = None  # the run's folder
     log_writer: object = None  # SummaryWriter
     watch: PreemptionWatch | None = None  # signals and clock, while there is something to save
     save: Callable[[int, dict], bool] | None = None  # (epoch, where in it) -> written; called by all ranks

@@ -89,13 +89,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(batch_counts="videos")  # for checkpoints: earlier revisions counted clips
     group.add_argument("--epochs", type=int, help="passes over the list of videos")
-    group.add_argument(
-        "--accum_iter",
-        "--update_freq",
-        default=1,
-        type=int,
-        help="micro-batches per optimizer step",
-    )
+    group.add_argument("--accum_iter", "--update_freq", default=1, type=int, help="micro-batches per optimizer step")
     group.add_argument("--save_ckpt_freq", type=int, help="epochs between kept checkpoints; the last is always kept")
     group.add_argument(
         "--save_ckpt_minutes",

@@ -100,9 +100,9 @@ class Progress:
         self._open_window()
         iterator = iter(loader)
         for _ in range(start, self.steps):
-            start = time.perf_counter()
+            begin = time.perf_counter()
             batch = next(iterator)
-            self.window_data += time.perf_counter() - start
+            self.window_data += time.perf_counter() - begin
             self.window_steps += 1
             self.window_clips += len(batch["video"])
             yield batch

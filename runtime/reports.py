@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from runtime.tasks import SINGLE_LABEL, Task, average_precision, macro_f1
-from utils import log, picture_text
+from utils import log, picture_text, replace_text
 
 CLASSES = "classes.txt"
 
@@ -150,7 +150,7 @@ def _short(value: float) -> str:
 
 
 def read_report(folder: Path) -> dict:
-    """What test.json of a folder holds; {} where there is none that can be read."""
+    """What test.json of a folder says; {} where there is none that can be read."""
     try:
         return dict(json.loads((folder / "test.json").read_text()))
     except (OSError, ValueError, TypeError):  # absent, cut off, or something else
@@ -160,9 +160,7 @@ def read_report(folder: Path) -> dict:
 def _write_json(path: Path, content: dict) -> None:
     """Numbers that are not finite (a measure that is not defined) become null."""
     content = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in content.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def best_entries(task: Task) -> list[str]:

@@ -20,7 +20,8 @@ class SamplerGuard:
         if entropy < LOWEST_ENTROPY:
             found["entropy"] = (
                 f"the sampler's entropy has fallen to {entropy:.2f} of log N: it draws ever the same few tokens. Lower "
-                "its learning rate, raise --entropy_coef, or start it later, when the loss is clearly below its plateau"
+                "its learning rate, raise --entropy_coef (listwise: --tats_tau), or start it later, when the loss is "
+                "clearly below its plateau"
             )
         if self.bad_critic >= EPOCHS_OF_A_BAD_CRITIC:
             found["critic"] = (
@@ -31,7 +32,8 @@ class SamplerGuard:
         if texture < LOWEST_TEXTURE_LIFT:
             found["texture"] = (
                 f"the sampler draws flat patches (texture {texture:.2f} of the mean): their normalised targets are "
-                "noise no model predicts. Start it later, raise --entropy_coef, or use --no-normalize_target"
+                "noise no model predicts. Start it later, raise --entropy_coef (listwise: --tats_tau), or use "
+                "--no-normalize_target"
             )
         new = [text for name, text in found.items() if name not in self.warned]
         self.warned |= found.keys()

@@ -121,11 +121,7 @@ def regression_measures(scores: Tensor, target: Tensor, found: Tensor) -> dict[s
     constant = len(scores) < 2 or bool(((scores == scores[0]).all(0) | (target == target[0]).all(0)).any())
     ranks = [float("nan")] if constant else [float(spearmanr(ours, true).statistic) for ours, true in pairs]
     error = scores - target
-    return {
-        "mae": error.abs().mean().item(),
-        "spearman": sum(ranks) / len(ranks),
-        "loss": error.square().mean().item(),
-    }
+    return {"mae": error.abs().mean().item(), "spearman": sum(ranks) / len(ranks), "loss": error.square().mean().item()}
 
 
 TASKS = {

@@ -54,6 +54,7 @@ launch() {
         fi
     fi
     command+=("$script" "$@")
+    if [ -n "${OMPI_COMM_WORLD_RANK:-}" ] && [ -z "${RANK:-}" ]; then command+=(--dist_on_itp); fi
     if [ "$gpus" -eq 0 ]; then command+=(--device cpu); fi
     if [ -n "${DRY_RUN:-}" ]; then
         printf '%s\n' "${command[@]}"

@@ -2,7 +2,7 @@
 
     python tools/check_videos.py --list lists/train.csv lists/val.csv --output checked --num_workers 16
 
-writes checked/train.clean.csv (a list: the videos that decode), checked/train.report.csv (one line a video: path,
+writes checked/train.clean.csv (a list: the videos that decode), checked/train.report.csv (one line per video: path,
 label, status, reason, frames, decoded, errors, width, height, decoder), and the same for val. The exit status is 1 if
 any video is bad, so that a script can test it.
 

@@ -287,13 +287,7 @@ class Cells:
         self.add(heading, name, "-" if value is None else format(value, form), **{"": value})
 
     def estimate(
-        self,
-        heading: str,
-        name: str,
-        values: list[float | None],
-        digits: int,
-        num_runs: int,
-        videos: int | None = None,
+        self, heading: str, name: str, values: list[float | None], digits: int, num_runs: int, videos: int | None = None
     ) -> None:
         """Mean ± half width over seeds, of the values that are not None. For accuracies also the error of the test set:
         what one test on that many videos leaves open. All seeds are tested on the same videos, so that more seeds do

@@ -6,7 +6,7 @@ Face, into one .npz or .safetensors file.
 
 Without --window a video has one row, its central view: what a linear probe stores for it, bit for bit. With --window
 and --stride, both in frames, there is a row for each window from the start on, until one reaches the end of the video;
-the model's frames lie evenly in the window, and beyond the end the last frame is repeated. The file holds
+the model's frames lie evenly in the window, and beyond the end the last frame is repeated. The file contains
 
     features      float32 [rows, D]: the mean of the tokens after the norm, or after the mean for a fine-tuned model;
                   with --tokens float16 [rows, N, D], as an attentive probe stores them

@@ -1,6 +1,6 @@
 """Names what videos show, by a fine-tuned classifier: the most probable labels of each video.
 
-    python tools/predict.py a.mp4 b.mp4 --model_path output/ssv2_tats_finetuned
+    python tools/predict.py a.mp4 b.mp4 --model_path output/ssv2_finetune_from_ssv2_tats
     python tools/predict.py a.mp4 --model_path videomae_k400.pth --class_names lists/k400/classes.txt
 
 The scores are those of the test (run_class_finetuning.py --eval) for the same video, the mean over all views. A

@@ -165,10 +165,7 @@ def read_run(folder: Path) -> Run:
     if not all(isinstance(args.get(name), kind) for name, kind in needed.items()):
         raise UsageError(f"{path}: args lacks one of the flags {', '.join(needed)}: leave its folder out")
     args["data_path"] = os.path.normpath(args["data_path"])
-    made_with = {
-        "version of torch": (content.get("versions") or {}).get("torch"),
-        "git revision": content.get("git"),
-    }
+    made_with = {"version of torch": (content.get("versions") or {}).get("torch"), "git revision": content.get("git")}
     test_path = folder / "test.json"
     test = read_json(test_path) if test_path.is_file() else None
     metrics = task_of(args, path).metrics
@@ -269,7 +266,7 @@ def settings(run: Run, by: tuple[str, ...]) -> dict[str, str]:
     named |= {f"--{name}": str(args[name]) for name in args if name not in free and f"--{name}" not in named}
     clips = [args.get(name, 1) for name in ("batch_size", "accum_iter", "world_size")]
     clips += [args.get("num_sample", 1)] if args.get("batch_counts") == "videos" else []  # earlier runs counted clips
-    named["clips a step"] = str(math.prod(clips))
+    named["clips per step"] = str(math.prod(clips))
     named["n_parameters"] = str(run.last("n_parameters"))
     named |= {name: str(value) for name, value in run.made_with.items()}
     if run.kind == PRETRAINING:

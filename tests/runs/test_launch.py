@@ -250,6 +250,14 @@ def test_launcher_of_the_scripts():
         assert command(**several, **alone)[:6] == torchrun
 
 
+@pytest.mark.parametrize(
+    "environment, expected", [(OPEN_MPI, True), (OPEN_MPI | TORCHRUN, False), (STEP, False), ({}, False)]
+)
+def test_processes_of_mpirun_are_told_to_find_each_other(environment, expected):
+    result = outcome(start(SCRIPT, DATA_PATH="l", GPUS="1", DRY_RUN="1", **environment))
+    assert ("--dist_on_itp" in result.output.splitlines()) == expected
+
+
 def test_launch_takes_the_place_of_its_shell(tmp_path):
     """A signal to the process the script was started as must reach Python."""
     python = executable(tmp_path / "python", "echo $$ $1")

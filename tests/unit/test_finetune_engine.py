@@ -412,6 +412,11 @@ def naive_scores(net, failing=()):
     ])  # fmt: skip
 
 
+def accuracy(scores: Scores, k: int) -> float:
+    """Top-k in %."""
+    return 100 * scores.correct(k).double().mean().item()
+
+
 def naive_accuracy(probability, k, failing=(), labels=LABELS):
     right = [
         i not in failing and label in np.argsort(-probability[i], kind="stable")[:k] for i, label in enumerate(labels)
@@ -429,9 +434,9 @@ def test_scores_are_the_mean_of_softmax_view_by_view(batch_size):
     np.testing.assert_allclose(scores.probability, expected, atol=1e-5)
     assert scores.label.tolist() == LABELS and scores.found.tolist() == [True] * 7 and scores.failed == []
     for k in (1, 2, 3, CLASSES, 5):
-        assert scores.accuracy(k) == pytest.approx(naive_accuracy(expected, k))
-    assert 0 < scores.accuracy(1) < scores.accuracy(2) < scores.accuracy(CLASSES) == 100
-    assert scores.loss() == pytest.approx(-np.log(expected[range(7), LABELS]).mean(), rel=1e-4)
+        assert accuracy(scores, k) == pytest.approx(naive_accuracy(expected, k))
+    assert 0 < accuracy(scores, 1) < accuracy(scores, 2) < accuracy(scores, CLASSES) == 100
+    assert scores.measures()["loss"] == pytest.approx(-np.log(expected[range(7), LABELS]).mean(), rel=1e-4)
 
 
 def test_softmax_comes_before_the_mean_over_views():
@@ -484,10 +489,10 @@ def test_unreadable_videos_stop_the_test_or_count_as_wrong(failing, capsys):
     expected = naive_scores(net, failing)
     np.testing.assert_allclose(scores.probability, expected, atol=1e-5)
     for k in (1, 2, CLASSES):  # also where k is the number of classes
-        assert scores.accuracy(k) == pytest.approx(naive_accuracy(expected, k, failing))
+        assert accuracy(scores, k) == pytest.approx(naive_accuracy(expected, k, failing))
     read = [i for i in range(7) if i not in failing]
     losses = [-np.log(expected[i, LABELS[i]]) for i in read]
-    assert scores.loss() == pytest.approx(np.mean(losses), rel=1e-4)
+    assert scores.measures()["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 @pytest.mark.parametrize("allow_missing", [True, False])
@@ -536,7 +541,7 @@ def test_top_k_equals_a_sort():
     failing = set(np.flatnonzero(~found).tolist())
     scores = Scores(*(torch.from_numpy(x) for x in (probability, label, found)), [])
     for k in (1, 2, 5, 9, 20):
-        assert scores.accuracy(k) == pytest.approx(naive_accuracy(probability, k, failing, label))
+        assert accuracy(scores, k) == pytest.approx(naive_accuracy(probability, k, failing, label))
 
 
 @pytest.mark.parametrize("classes", [3, 10, 51, 174, 400])
