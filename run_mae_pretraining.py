@@ -382,6 +382,12 @@ class Run:
         """By the names they have in output files."""
         return {"mae": self.backend} | ({self.learned: self.agent} if self.agent else {})
 
+    def recipe(self, steps_per_epoch: int) -> PretrainRecipe:
+        return PretrainRecipe(
+            grid=self.mae.grid, loss=self.args.loss, normalize_target=self.args.normalize_target,
+            **recipe_settings(self.args, self.device, steps_per_epoch),
+        )  # fmt: skip
+
     def warming_up(self, epoch: int) -> bool:
         """Whether masks are still random in this epoch."""
         return self.sampler.own_optimizer and epoch < self.args.tats_start_epoch
@@ -497,12 +503,7 @@ def train(args) -> None:
 
     output, log_writer = open_output(args)
     write_deepspeed_configs(output, run.backends())
-    recipe = PretrainRecipe(
-        grid=run.mae.grid,
-        loss=args.loss,
-        normalize_target=args.normalize_target,
-        **recipe_settings(args, device, steps_per_epoch),
-    )
+    recipe = run.recipe(steps_per_epoch)
     log(
         f"{args.model}: {run.num_parameters / 1e6:.1f} M parameters, {args.mask_type}: "
         f"{run.num_sampler_parameters / 1e6:.1f} M"

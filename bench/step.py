@@ -50,7 +50,7 @@ from masking_generator import MaskSampler
 from optim_factory import parameter_groups
 from run_mae_pretraining import Run, check_flags, get_parser
 from runtime.backend import Backend
-from runtime.build import effective_batch, make_backend, recipe_settings
+from runtime.build import effective_batch, make_backend
 from runtime.convert import load_weights, model_weights
 from runtime.flags import resolve_amp
 from runtime.launch import run_script
@@ -135,12 +135,7 @@ class Row:
         joint = self.run.backend.unwrapped is not self.run.mae  # a sampler is part of the module
         if tube is not None and not joint and not args.compile:  # compiled for one number of tokens
             self.run.mae, self.run.backend = tube.run.mae, tube.run.backend  # the same autoencoder: once in memory
-        self.recipe = PretrainRecipe(
-            grid=self.run.mae.grid,
-            loss=args.loss,
-            normalize_target=args.normalize_target,
-            **recipe_settings(args, self.device, 1),
-        )
+        self.recipe = self.run.recipe(steps_per_epoch=1)
         self.backends = [backend for backend in self.run.backends().values()]
         if name == "transformers":
             parts = (self.run.mae, self.run.sampler, self.loader.batch, self.recipe)

@@ -5,6 +5,7 @@ backend and the optimizer run as they are.
 """
 
 import contextlib
+import dataclasses
 import heapq
 import itertools
 import weakref
@@ -18,9 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine_for_pretraining import PretrainRecipe
 from run_mae_pretraining import Run
-from runtime.build import recipe_settings
 
 GPU = torch.device("cuda", 0)
 
@@ -191,12 +190,7 @@ def prepare(args, device: torch.device) -> tuple[Run, dict, Callable[[int], None
     """A pre-training run on the device, its batch of black clips on the host, and a function that takes the optimizer
     step of this number (with TATS as many as a phase 1 has) by the engines. On a fake GPU: to be called `with GPU:`."""
     run = Run(args, device)
-    recipe = PretrainRecipe(
-        grid=run.mae.grid,
-        loss=args.loss,
-        normalize_target=args.normalize_target,
-        **recipe_settings(args, device, 10**9) | {"print_freq": 10**9},
-    )
+    recipe = dataclasses.replace(run.recipe(10**9), print_freq=10**9)
     shape = (args.batch_size, args.num_frames, 3, args.input_size, args.input_size)
     video = torch.zeros(shape, dtype=torch.uint8, device="cpu")
     batch = {"video": video, "seed": torch.arange(args.batch_size, device="cpu"), "failed": []}

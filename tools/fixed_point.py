@@ -24,9 +24,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from datasets.lists import read_list
-from datasets.transforms import normalize
-from engine_for_pretraining import PretrainRecipe, masked_error
 from masking_generator import motion_energy
+from modeling_pretrain import reconstruction_target, token_error
 from run_mae_vis import Trained, read_clip
 from tools.common import run_tool
 from utils import UsageError
@@ -44,23 +43,15 @@ def measure(trained: Trained, clips: torch.Tensor, draws: int) -> dict[str, np.n
     """kappa, the two slopes along the scale of the logits, and arrays [clips, N]: motion, u (N p), error (mean where
     masked), pull (kappa E[A m]). With --normalize_advantage kappa has the deviation of A in it."""
     args, grid = trained.args, trained.mae.grid
-    recipe = PretrainRecipe(
-        mean=trained.mean,
-        std=trained.std,
-        lr=0,
-        min_lr=0,
-        grid=grid,
-        loss=args.loss,
-        normalize_target=args.normalize_target,
-    )
-    _, video = normalize(clips, trained.mean, trained.std)
+    pixels, video = trained.normalize(clips)
     tokens = trained.mae.encoder.patch_embed(video)
     total = torch.zeros(len(clips), trained.sampler.num_tokens)
     count = torch.zeros_like(total)
     draws_of_error = []  # a draw: where masked, [clips, N_m] each
     for draw in range(draws):
         mask = trained.sampler(video, draw * len(clips) + torch.arange(len(clips)), tokens)
-        error = masked_error(trained.mae(video, mask), clips.transpose(1, 2), mask, recipe)
+        target = reconstruction_target(pixels, mask, grid, args.normalize_target)
+        error = token_error(trained.mae(video, mask), target, args.loss)
         total.scatter_add_(1, mask.masked, error)
         count.scatter_add_(1, mask.masked, torch.ones_like(error))
         draws_of_error.append((mask.masked, error))

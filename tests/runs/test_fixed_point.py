@@ -6,6 +6,7 @@ import torch
 
 import run_mae_pretraining
 from datasets.moving_shapes import write_dataset
+from engine_for_pretraining import PretrainRecipe, masked_error
 from tests.helpers.runs import TINY, naming
 from tools import fixed_point
 
@@ -65,15 +66,15 @@ def test_slopes_are_the_derivative_along_the_scale_of_the_logits(trained, normal
     torch.nn.init.normal_(model.sampler.actor.weight)
     clips = torch.randint(256, (3, 4, 3, 32, 32), dtype=torch.uint8)
     measured = fixed_point.measure(model, clips, draws)
-    _, video = fixed_point.normalize(clips, model.mean, model.std)
-    recipe = fixed_point.PretrainRecipe(mean=model.mean, std=model.std, lr=0, min_lr=0, grid=model.mae.grid)
+    _, video = model.normalize(clips)
+    recipe = PretrainRecipe(mean=model.mean, std=model.std, lr=0, min_lr=0, grid=model.mae.grid)
     masks, errors = [], []
     with torch.no_grad():
         tokens = model.mae.encoder.patch_embed(video)
         for draw in range(draws):
             masks.append(model.sampler(video, 3 * draw + torch.arange(3), tokens))
             prediction = model.mae(video, masks[-1])
-            errors.append(fixed_point.masked_error(prediction, clips.transpose(1, 2), masks[-1], recipe).double())
+            errors.append(masked_error(prediction, clips.transpose(1, 2), masks[-1], recipe).double())
     errors = torch.stack(errors)  # [draws, clips, N_m]
     advantages = errors - errors.mean(dim=(0, 2), keepdim=True)
     scale = advantages.std().item() if normalize else 1.0

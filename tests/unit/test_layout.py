@@ -35,7 +35,7 @@ RULES = {
     r"runtime\.\w+": r"runtime\.\w+|datasets\.\w+|utils|optim_factory|masking_generator",
     r"engine_\w+": rf"engine_\w+|runtime\.\w+|datasets\.\w+|utils|{METHOD}",
     # These run trained models; what compares runs reads their scripts' flags.
-    r"tools\.(fixed_point|measure)": rf"tools\.\w+|datasets\.\w+|engine_for_pretraining|{METHOD}|run_mae_vis|"
+    r"tools\.(fixed_point|measure)": rf"tools\.\w+|datasets\.\w+|{METHOD}|run_mae_vis|"
     r"runtime\.(checkpoint|knn)|utils",
     r"tools\.(predict|extract_features|trained)": rf"tools\.\w+|runtime\.\w+|datasets\.\w+|utils|{METHOD}|"
     r"run_class_finetuning|engine_for_finetuning",
