@@ -283,8 +283,10 @@ def parse_args(arguments: list[str] | None = None, described: dict | None = None
         if isinstance(state.get("args"), dict) and "nb_classes" in saved:  # written by this script
             parser.set_defaults(**saved_defaults(parser, saved, TEST_FLAGS, path))
             args = parser.parse_args(arguments)
-            if args.crop_pct is not None or args.input_size != saved.get("input_size"):
-                parser.set_defaults(short_side_size=None)  # which followed from those
+            if (
+                args.crop_pct is not None or (args.short_side_size or 0) < args.input_size
+            ):  # not the saved size of the crops
+                parser.set_defaults(short_side_size=None)
     if probe_kind(args):
         parser.set_defaults(**PROBE_DEFAULTS | (described or {}))
     if args.task != SINGLE_LABEL.name:

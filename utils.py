@@ -222,8 +222,8 @@ CGROUP = Path("/sys/fs/cgroup")  # the container's limits, by the kernel
 
 
 def available_memory() -> int | None:
-    """Bytes of host memory that can be had without swapping, within a container's limit; caches of files count as free.
-    None where the system does not tell (macOS, Windows)."""
+    """Bytes of host memory that can be had without swapping, within a container's limit (cgroup v2); caches of files
+    count as free. None where the system does not tell (macOS, Windows)."""
     try:
         with open("/proc/meminfo") as lines:
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -114,6 +114,9 @@ def run_job(job: Job, dry: bool, seconds_left: float) -> dict:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, status = process.communicate()[0] + f"\nstopped after {limit:.0f} s", -9
+    except BaseException:  # Ctrl-C, or main's SystemExit: it does not reach a session of its own
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     lines = [without_places(line) for line in output.strip().splitlines() if line != "bringing up nodes..."][-60:]
     print("\n".join(lines), flush=True)
     return {
@@ -179,6 +182,7 @@ def main() -> int:
             "error: no GPU: torch.cuda.is_available() is False; `make gpu DRY_RUN=1` runs on the CPU", file=sys.stderr
         )
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begin = time.time()
     folder = Path(flags.output or (ROOT / "output/gpu" if flags.dry_run else ROOT / "docs"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,12 +190,12 @@ def main() -> int:
     file = folder / "gpu.json"
     if file.exists():
         before = json.loads(file.read_text())
-        if before["environment"] == record["environment"] and not flags.again:
+        if before["environment"] == record["environment"]:
             record |= {"jobs": before["jobs"], "skipped": before["skipped"]}
     for name, job in JOBS.items():
         if flags.part not in (None, job.part) or (flags.jobs and name not in flags.jobs):
             continue
-        if record["jobs"].get(name, {}).get("status") == 0:
+        if record["jobs"].get(name, {}).get("status") == 0 and not flags.again:
             print(f"== {name}: done before")
             continue
         record["skipped"].pop(name, None)

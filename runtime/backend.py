@@ -150,9 +150,12 @@ class Backend:
 
     def load_state_dict(self, state: dict) -> None:
         """Of either backend, from any number of processes. Weights are not in it: load them before wrapping."""
-        pairs = zip(self.optimizer.param_groups, state["optimizer"]["param_groups"], strict=True)
-        # learning rate, betas, eps, decay and whether the kernel is fused are this run's, not the file's
-        groups = [own | {"params": saved["params"]} for own, saved in pairs]
+        own, saved = self.optimizer.param_groups, state["optimizer"]["param_groups"]
+        if len(own) != len(saved):
+            raise ValueError(f"it has {len(saved)} groups of parameters, the model {len(own)}")
+        # learning rate, betas, eps, decay and whether the kernel is fused are this run's; what else is there, as the
+        # step count of some optimizers, is the file's
+        groups = [s | o | {"params": s["params"]} for o, s in zip(own, saved, strict=True)]
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         if self.scaler.is_enabled() and state["scaler"]:  # empty in a run without fp16
             self.scaler.load_state_dict(state["scaler"])

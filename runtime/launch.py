@@ -45,7 +45,8 @@ def run_script(train: Callable, args) -> None:
         sys.exit(f"error: {str(error).rsplit('VideoError: ', 1)[-1].strip()}")
     except (EOFError, ConnectionError) as error:
         if _is_output_closed():
-            sys.exit("error: nothing reads the output any more (a pipe to head?); the same command resumes the run")
+            again = "; the same command resumes the run" if getattr(args, "output_dir", "") else ""
+            sys.exit(f"error: nothing reads the output any more (a pipe to head?){again}")
         # a loader died while it handed over a batch
         sys.exit(f"error: {LOADER_DIED} ({type(error).__name__})")
     except OSError as error:  # a full or read-only disk, a quota, a lost mount

@@ -41,15 +41,20 @@ run_sweep() {
     return "$status"
 }
 
-# count_gpus: what processes of this shell may use.
+# visible_gpus: those that processes of this shell may use, with commas between them. Slices (MIG) only by CUDA_VISIBLE_DEVICES.
+visible_gpus() {
+    local devices
+    devices=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2> /dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | paste -sd ,)} || true
+    devices=,${devices/NoDevFiles/}, # Slurm's word for none
+    devices=${devices%%,-1,*} # CUDA looks no further
+    devices=${devices#,}
+    echo "${devices%,}"
+}
+
 count_gpus() {
     local devices
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        IFS=, read -ra devices <<< "${CUDA_VISIBLE_DEVICES/#-1*/}"
-        echo "${#devices[@]}"
-    else
-        nvidia-smi -L 2> /dev/null | grep -c '^GPU ' || true # beside parts of GPUs and error messages
-    fi
+    IFS=, read -ra devices <<< "$(visible_gpus)"
+    echo "${#devices[@]}"
 }
 
 # 0 is off, as an empty value is; a value that is not set may have a default.

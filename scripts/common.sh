@@ -28,8 +28,9 @@ if [ -z "${PYTHON:-}" ]; then
     [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$REPOSITORY/.venv/bin/python" ] && PYTHON=$REPOSITORY/.venv/bin/python
 fi
 
-# launch SCRIPT FLAGS...: one plain process for GPUS 0 or 1, or where torchrun, mpirun or srun started the processes; else
-# torchrun. It takes the place of this shell, which would die of a signal meant for Python: nothing after it runs.
+# launch SCRIPT FLAGS...: one plain process for GPUS 0 or 1, or where torchrun, srun or mpirun (MASTER_ADDR and MASTER_PORT set)
+# started the processes; else torchrun. It takes the place of this shell, which would die of a signal meant for Python: nothing
+# after it runs.
 launch() {
     local script=$REPOSITORY/$1
     shift
@@ -47,7 +48,7 @@ launch() {
                 command+=(--local_addr "$LOCAL_ADDR" --rdzv_conf "is_host=$host")
             fi
         elif [ "$nodes" -eq 1 ] && [ -z "${MASTER_PORT:-}" ]; then
-            command+=(--standalone) # a free port: there may be another run on this machine
+            command+=(--standalone --local_addr 127.0.0.1) # a free port: there may be another run on this machine
         else
             command+=(--node_rank "${NODE_RANK:-0}"
                 --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
@@ -143,10 +144,10 @@ pretrain() {
         "$@"
 }
 
-# finetune NAME FLAGS...: the recipe of the paper's table 7.
+# finetune NAME SEGMENTS CROPS FLAGS...: the recipe of the paper's table 7, and the views of the test.
 finetune() {
-    local name=$1 initial=() views=()
-    shift
+    local name=$1 initial=() views=(--test_num_segment "$2" --test_num_crop "$3")
+    shift 3
     need_data
     if [ -z "${MODEL_PATH:-}" ]; then
         echo "error: set MODEL_PATH to the checkpoint to fine-tune, or to none to train from scratch, e.g." >&2
@@ -158,7 +159,7 @@ finetune() {
     for flag in "$@"; do
         case $flag in
             --linear_probe | --attentive_probe) name=${name/finetune/${flag#--}} ENCODER_FLAGS=() ;;
-            --knn | --knn=*) name=${name/finetune/knn} ENCODER_FLAGS=() views=(--test_num_segment 1 --test_num_crop 1) ;;
+            --knn | --knn=*) name=${name/finetune/knn} ENCODER_FLAGS=() views=() ;;
         esac
     done
     if [ "$MODEL_PATH" != none ]; then
@@ -178,5 +179,6 @@ finetune() {
         --opt adamw \
         --opt_betas 0.9 0.999 \
         --seed "${SEED:-0}" \
-        "$@" ${views[@]+"${views[@]}"}
+        "${views[@]}" \
+        "$@"
 }

@@ -2,7 +2,7 @@
 
     python tools/compare_runs.py output --output comparison --baseline tube
     python tools/compare_runs.py output --output ablation --by tats_attention --baseline mha
-    python tools/compare_runs.py output --output rollout --by tats_start_epoch tats_rollout_steps --baseline 10 1
+    python tools/compare_runs.py output --output rollout --by tats_start_epoch tats_rollout_steps --baseline 10,1
     python tools/compare_runs.py output --output beside_paper --paper table1 --data_set UCF101
 
 FOLDERs are searched for folders of run_mae_pretraining.py and run_class_finetuning.py (args.json, log.txt, test.json).
@@ -506,7 +506,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"--data_set {args.data_set or 'is missing'}{with_paper}: {use}")
     args.by = tuple(dict.fromkeys(args.by or ("mask_type", "mask_ratio")))
     if args.baseline and len(args.baseline) > len(args.by):
-        raise UsageError(f"--baseline {' '.join(args.baseline)}: more values than flags of --by, {' '.join(args.by)}")
+        raise UsageError(f"--baseline {','.join(args.baseline)}: more values than flags of --by, {' '.join(args.by)}")
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -521,9 +521,10 @@ def compare(args: argparse.Namespace) -> None:
     task, rows = task_of_runs(used), build_rows(used, args.by)
     if args.baseline and not any(is_baseline(row, args.by, args.baseline) for row in rows):
         places = places_of_baseline(args.by, args.baseline)
-        present = dict.fromkeys(" ".join(shown_value(row.by[place]) for place in places) for row in rows)
-        flags = " ".join(args.by[place] for place in places)
-        raise UsageError(f"--baseline {' '.join(args.baseline)}: no row has it; {flags} is {', '.join(present)}")
+        values = [[row.by[place] for place in places] for row in rows]
+        present = dict.fromkeys(",".join(map(shown_value, row)) for row in values if UNREAD not in row)
+        flags = ",".join(args.by[place] for place in places)
+        raise UsageError(f"--baseline {','.join(args.baseline)}: no row has it; {flags} is {' or '.join(present)}")
     if args.paper:
         add_paper(rows, args.paper, args.by, args.data_set)
     kinds = [kind for kind in KINDS if any(kind in row.runs for row in rows)] or list(KINDS[:1])
@@ -532,7 +533,7 @@ def compare(args: argparse.Namespace) -> None:
             row,
             args.baseline and find_baseline(row, rows, args.by, args.baseline),
             kinds,
-            args.baseline and ", ".join(args.baseline),
+            args.baseline and ",".join(args.baseline),
             task,
             args.level,
         )  # fmt: skip
@@ -606,7 +607,7 @@ def write_pictures(args: argparse.Namespace, rows: list[Row], named: list[dict[s
         written.append("accuracy.png")
     differences = differences_by_place(rows, named, args, task)
     if differences:
-        draw_map(output / "map.png", differences, ", ".join(args.baseline))
+        draw_map(output / "map.png", differences, ",".join(args.baseline))
         written.append("map.png")
     print(f"wrote {' and '.join(written)} to {output}")
 
@@ -624,10 +625,10 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--baseline",
-        nargs="+",
+        type=lambda text: text.split(","),
         metavar="VALUE",
         help="the rows that others are compared with, all else in --by being equal: a value of mask_type, where it is "
-        "in --by (or scratch), else of the first flag there; further values are of the next flags",
+        "in --by (or scratch), else of the first flag there; VALUE,VALUE: of the next flags too",
     )
     parser.add_argument("--paper", choices=list(paper_tables.BY), help="put the paper's figures beside the rows")
     parser.add_argument("--data_set", metavar="NAME", help="whose figures, of tables 1 and 5")

@@ -321,10 +321,10 @@ def convert(flags: argparse.Namespace) -> None:
         raise UsageError(f"--output {output}: exists; choose another name, or delete it")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"--output {output}: there is no folder {output.absolute().parent}")
-    for name, file in (("run", ARGS_FILE), ("lists", CLASSES)):
+    for name, files in (("run", (ARGS_FILE, "test.json")), ("lists", (CLASSES,))):
         folder = getattr(flags, name)
-        if folder and not os.path.isfile(os.path.join(folder, file)):
-            raise UsageError(f"--{name} {folder}: there is no {file} in it")
+        if folder and not any(os.path.isfile(os.path.join(folder, file)) for file in files):
+            raise UsageError(f"--{name} {folder}: there is no {' or '.join(files)} in it")
     checkpoint = read_checkpoint(flags, flags.overrides)
     if output.suffix == ".pth":
         write_checkpoint(output, checkpoint, flags.layout)

@@ -64,6 +64,8 @@ def open_trained(model_path: str, args: argparse.Namespace, **flags) -> tuple[ar
     if data_set is None or data_set.num_classes not in (None, described.get("nb_classes", data_set.num_classes)):
         names.remove("data_set")  # unknown, or its classes were cut
     described |= saved_defaults(parser, {name: saved[name] for name in names if name in saved}, names, path)
+    if (described.get("short_side_size") or 0) < given.get("input_size", 0):  # that of the checkpoint's own size
+        described.pop("short_side_size", None)
     resolved = parse_args(["--finetune", str(path)], described | given)
     return resolved, path, state
 

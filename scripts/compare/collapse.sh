@@ -4,7 +4,7 @@
 # epoch).
 # Settings: scripts/compare/sweep.sh. About 25 seconds per run on one core: 30 runs per objective.
 export PRETRAIN_EPOCHS=${PRETRAIN_EPOCHS:-1} BATCH_SIZE=${BATCH_SIZE:-4} NUM_SAMPLE=${NUM_SAMPLE:-1} TATS_START_EPOCH=0
-export JOBS=${JOBS:-$(nproc)} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} EVALUATIONS= MEASURE=
+export CPU_JOBS=$(nproc) OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} EVALUATIONS= MEASURE=
 SEEDS=${SEEDS:-0 1 2 3 4 5 6 7 8 9} OBJECTIVES=${OBJECTIVES:-paper ppo uniform_kl listwise} RATES=${RATES:-5e-4 1.5e-3 5e-3}
 source "$(dirname "${BASH_SOURCE[0]}")/sweep.sh"
 RATIO=${MASK_RATIOS:-0.85}

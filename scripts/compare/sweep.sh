@@ -10,7 +10,8 @@
 #   EVALUATIONS  of finetune linear_probe attentive_probe (default finetune; empty: none)
 #   MEASURE=1    also tools/measure.py on every pre-training
 #   OUTPUT_DIR   default output/compare/NAME; METHOD-ratioR-seedS/{pretrain,finetune,linear_probe} are made in it
-#   JOBS         units at a time on this machine (default 1), a log.txt each; with GPUs of their own, GPUS for each unit
+#   JOBS         units at a time on this machine (default 1; of units of minutes: one per core), a log.txt each. Each unit has
+#                GPUS of the GPUs for itself; they share them only where GPUS=1
 #   SCALE, EPOCHS ...   all of scripts/common.sh; PRETRAIN_EPOCHS, FINETUNE_EPOCHS, PROBE_EPOCHS say it for one kind of run
 #   PRETRAIN_EXTRA, FINETUNE_EXTRA   further flags, as "--no-flip --num_segments 8"
 #   LIST=1       name the units instead, one per line (DRY_RUN=1 too)
@@ -116,6 +117,9 @@ flags_of() {
         END { print line }' | sed -E "/^--(no-)?($FREE)( |\$)/d"
 }
 
+# sorted_flags: of such lines those that count, the last of each flag.
+sorted_flags() { awk '{ name = $1; sub(/^--no-/, "--", name); last[name] = $0 } END { for (name in last) print last[name] }' | sort; }
+
 # step FOLDER DONE SCRIPT FLAGS...: one program of a unit; DONE (not empty): only the check of its flags, which are kept beside
 # what it writes.
 step() {
@@ -126,7 +130,8 @@ step() {
     if [ -n "$finished" ] || compgen -G "$folder/checkpoint-*" > /dev/null; then
         changed=
         if [ -f "$folder/flags.txt" ]; then # sweeps of earlier revisions have none
-            changed=$(diff "$folder/flags.txt" - <<< "$flags" | sed -n 's/^< /was /p; s/^> /now /p' | paste -sd ',' | sed 's/,/, /g')
+            changed=$(diff <(sorted_flags < "$folder/flags.txt") <(sorted_flags <<< "$flags") |
+                sed -n 's/^< /was /p; s/^> /now /p' | paste -sd ',' | sed 's/,/, /g')
         fi
         if [ -n "$changed" ]; then
             echo "error: $folder was started with other flags ($changed): use another OUTPUT_DIR, or delete its flags.txt" >&2
@@ -203,15 +208,20 @@ check_units() {
     fi
 }
 
-# share_gpus: the CUDA_VISIBLE_DEVICES of each of JOBS units, where they use GPUs.
+# share_gpus: JOBS where it is not set (of small models as many as fit: CPU_JOBS on the CPU), and SHARES, the
+# CUDA_VISIBLE_DEVICES of each of JOBS units, where several use GPUs.
 share_gpus() {
-    local devices gpus job
-    SHARES=() gpus=${GPUS:-$(count_gpus)}
-    if [ "${JOBS:-1}" -eq 1 ] || [ "$gpus" -eq 0 ]; then return; fi
-    IFS=, read -ra devices <<< "${CUDA_VISIBLE_DEVICES-$(seq -s , 0 $(($(count_gpus) - 1)))}"
-    [ $((JOBS * gpus)) -le ${#devices[@]} ] ||
-        refuse "JOBS=$JOBS units with GPUS=$gpus each: this machine has ${#devices[@]}: set GPUS, of each unit, or JOBS to less"
-    for ((job = 0; job < JOBS; job++)); do SHARES+=("$(IFS=, && echo "${devices[*]:job * gpus:gpus}")"); done
+    local devices count gpus job
+    IFS=, read -ra devices <<< "$(visible_gpus)"
+    SHARES=() count=${#devices[@]} gpus=${GPUS:-${#devices[@]}}
+    if [ -z "${JOBS:-}" ]; then
+        JOBS=${CPU_JOBS:-1}
+        if [ "$gpus" -gt 0 ] && [ "$JOBS" -gt 1 ]; then JOBS=$((count > gpus ? count / gpus : 1)); fi
+    fi
+    if [ "$JOBS" -eq 1 ] || [ "$gpus" -eq 0 ]; then return; fi
+    [ "$count" -ge $((gpus == 1 ? 1 : JOBS * gpus)) ] ||
+        refuse "JOBS=$JOBS units with GPUS=$gpus each: this machine has $count: set GPUS, of each unit, or JOBS to less"
+    for ((job = 0; job < JOBS; job++)); do SHARES+=("$(IFS=, && echo "${devices[*]:job * gpus % count:gpus}")"); done
 }
 
 # stop_units: their programs are told to stop and save themselves; a sweep that was stopped leaves nothing running.
@@ -228,6 +238,7 @@ run_units() {
     OUTPUT=${OUTPUT_DIR:-$REPOSITORY/output/compare/$1}
     shift
     check_units
+    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || share_gpus
     if [ -n "${LIST:-}${DRY_RUN:-}" ]; then
         printf '%s\n' "${UNITS[@]}"
         exit
@@ -239,12 +250,11 @@ run_units() {
         run_unit "${words[@]}"
         exit
     fi
-    share_gpus
     rm -f "$failed"
     set -m # each unit its own process group, which stop_units can reach
     trap stop_units TERM INT HUP
     for unit in "${UNITS[@]}"; do
-        while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; done
+        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
         running=" $(jobs -rp | xargs) " slot=0
         while [[ -n ${pids[slot]:-} && $running == *" ${pids[slot]} "* ]]; do slot=$((slot + 1)); done
         eval "words=($unit)"

@@ -5,5 +5,5 @@
 # 32 different clips per step: with 8 clips four times each, fine-tuning leaves chance four times later (docs/LOG.md).
 EPOCHS=${EPOCHS:-8} BATCH_SIZE=${BATCH_SIZE:-32} NUM_SAMPLE=${NUM_SAMPLE:-1} LR=${LR:-8e-3}
 source "$(dirname "${BASH_SOURCE[0]}")/data.sh"
-finetune shapes_finetune --data_set custom --nb_classes 10 --no-flip --sampling_rate 2 --crop_scale 0.8 1 \
-    --layer_decay 1 --test_num_segment 2 --test_num_crop 1 "$@"
+finetune shapes_finetune 2 1 --data_set custom --nb_classes 10 --no-flip --sampling_rate 2 --crop_scale 0.8 1 \
+    --layer_decay 1 "$@"

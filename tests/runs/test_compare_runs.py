@@ -357,19 +357,19 @@ def test_a_baseline_may_be_one_row_of_several_flags(tmp_path):
                                   "--tats_rollout_steps", k, "--seed", seed)  # fmt: skip
                 measures = {"motion_auc": value + int(start) / 100 + int(seed) / 1000}
                 (folder / "measures.json").write_text(json.dumps(measures))
-    by = ["--by", "tats_start_epoch", "tats_rollout_steps", "--baseline", "2"]
+    by = ["--by", "tats_start_epoch", "tats_rollout_steps", "--baseline"]
     found = []
-    for baseline in (by, [*by, "1"]):
-        text, table, _ = compare(tmp_path, tmp_path, *baseline)
+    for baseline in ("2", "2,1"):
+        text, table, _ = compare(tmp_path, *by, baseline, tmp_path)  # FOLDER may come last
         differences = [row["motion_auc_minus_baseline_difference"] for row in table]
         rows = [(row["tats_start_epoch"], row["tats_rollout_steps"]) for row in table]
         found.append({row: x and f"{float(x):.3g}" for row, x in zip(rows, differences, strict=True)})
     assert found[0] == {("0", "1"): "-0.02", ("0", "5"): "-0.02", ("2", "1"): "", ("2", "5"): ""}  # of equal k
     assert found[1] == {("0", "1"): "-0.02", ("0", "5"): "-0.12", ("2", "1"): "", ("2", "5"): "-0.1"}
-    assert "motion auc - 2, 1's" in text
+    assert "motion auc - 2,1's" in text
     out = ("--output", tmp_path / "out")
-    assert_names(error_of(tmp_path, *by, "3", *out), "--baseline 2 3", "tats_start_epoch tats_rollout_steps", "2 5")
-    assert_names(error_of(tmp_path, *by, "1", "0", *out), "--baseline 2 1 0", "--by")
+    assert_names(error_of(tmp_path, *by, "2,3", *out), "--baseline 2,3", "tats_start_epoch,tats_rollout_steps", "2,5")
+    assert_names(error_of(tmp_path, *by, "2,1,0", *out), "--baseline 2,1,0", "--by")
 
 
 def test_exported_folders_are_no_runs(tmp_path, campaign):

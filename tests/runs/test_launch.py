@@ -208,6 +208,8 @@ GPU 1: NVIDIA A100 (UUID: GPU-2)
         ("", SMI, 0),
         ("-1", SMI, 0),
         ("GPU-1,GPU-2", "", 2),
+        ("2,-1,3", "", 1),
+        ("NoDevFiles", SMI, 0),
     ],
 )
 def test_default_of_gpus_is_what_processes_may_use(tmp_path, monkeypatch, devices, listed, expected):
@@ -235,7 +237,12 @@ def test_launcher_of_the_scripts():
         assert command(**several, RDZV_ENDPOINT="a:5", LOCAL_ADDR=address) == torchrun + meeting + here
     assert command(GPUS="1", RDZV_ENDPOINT="a:5") == []
     one_node = [*torchrun[:4], "--nnodes", "1"]
-    assert command(GPUS="4") == [*one_node, "--standalone"]  # a free port, also beside another run
+    assert command(GPUS="4") == [
+        *one_node,
+        "--standalone",
+        "--local_addr",
+        "127.0.0.1",
+    ]  # a free port, also beside another run
     assert command(GPUS="4", MASTER_PORT="5") == [
         *one_node,
         "--node_rank",

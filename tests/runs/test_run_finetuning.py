@@ -22,6 +22,7 @@ import run_mae_pretraining
 from run_class_finetuning import PROBE_DEFAULTS, check_flags, get_parser, main, parse_args
 from tests.helpers.runs import assert_names, finetuning_flags, flags_read, flags_to_read, free_port, naming, read_log
 from tools import compare_runs
+from utils import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,10 +115,23 @@ def test_eval_alone_repeats_the_test(labelled, finetuned, tmp_path):
     assert (folder / "args.json").read_bytes() == described and (folder / "eval_args.json").exists()
     assert "acc1_best" in json.loads((folder / "test.json").read_text())  # kept from the run
     named = [*here, "--finetune", str(folder / "checkpoint-2.pth"), "--batch_size", "4"]
-    for flags, sides in (([], (32, 32)), (["--crop_pct", "0.8"], (40, 32)), (["--input_size", "48"], (48, 48))):
-        args = parse_args([*named, *flags])
+    state = torch.load(folder / "checkpoint-2.pth", weights_only=True)
+    torch.save(state | {"args": state["args"] | {"short_side_size": 40}}, tmp_path / "cropped.pth")
+    cropped = [*here, "--finetune", str(tmp_path / "cropped.pth")]
+    for command, flags, sides in (
+        (named, [], (32, 32)),
+        (named, ["--crop_pct", "0.8"], (40, 32)),
+        (named, ["--input_size", "48"], (48, 48)),
+        (cropped, [], (40, 32)),
+        (cropped, ["--input_size", "24"], (40, 24)),
+        (cropped, ["--input_size", "48"], (48, 48)),
+        (cropped, ["--input_size", "48", "--short_side_size", "56"], (56, 48)),
+    ):
+        args = parse_args([*command, *flags])
         check_flags(args)
         assert (args.short_side_size, args.input_size) == sides
+    with pytest.raises(UsageError, match=naming("--short_side_size 40", "--input_size 48")):
+        check_flags(parse_args([*cropped, "--input_size", "48", "--short_side_size", "40"]))
     main([*named, "--output_dir", str(tmp_path / "ema")])
     assert np.array_equal(scores(tmp_path / "ema"), reference)
     main([*named, "--output_dir", str(tmp_path / "raw"), "--no-model_ema"])

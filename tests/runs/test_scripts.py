@@ -10,6 +10,7 @@ import pytest
 import run_class_finetuning
 import run_mae_pretraining
 from datasets.moving_shapes import write_dataset
+from utils import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH = sorted((ROOT / "scripts").rglob("*.sbatch"))
@@ -106,13 +107,21 @@ def test_probes_have_the_defaults_of_probes_in_every_script(path, scale):
     for flag in (["--knn", "5"], ["--knn=5"]):
         args, _ = parsed(path, *flag, **environment)
         assert args.knn == 5 and args.output_dir.endswith("_knn_from_a")
+    with pytest.raises(UsageError, match="test_num_segment"):  # said, not silently another
+        parsed(path, "--knn", "5", "--test_num_segment", "4", **environment)
     trained, _ = parsed(path, **environment)
     assert trained.aa == ("none" if scale == "tiny" else "rand-m9-mstd0.5-inc1")
 
 
-def test_clean_removes_no_results():
-    removed = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert [word for word in removed.split() if word.startswith("output")] == ["output/gpu"]
+def test_clean_removes_no_results(tmp_path):
+    commands = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    kept = ["output/compare/a/checkpoint-1.pth", "output/ssv2_tats/log.txt", "datasets/lists.py"]
+    removed = [".pytest_cache/x", "output/gpu/GPU.md", "datasets/__pycache__/a.pyc"]
+    for name in [*kept, *removed]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    subprocess.run(["bash", "-c", commands], cwd=tmp_path, check=True)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
 
 
 def test_environment_and_extra_flags_override():

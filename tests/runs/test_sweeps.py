@@ -1,6 +1,7 @@
 """Sweeps of scripts/compare and scripts/ablations: their units, and one small sweep, killed and gone on with."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -68,11 +69,11 @@ def test_the_ablations_on_the_embedded_data_are_all_of_them_within_their_epochs(
     assert len(found) == 28 * 2
     starts = {int(words[words.index("--tats_start_epoch") + 1]) for words in found if "--tats_start_epoch" in words}
     assert starts == {0, 1, 2, 3}  # of 4 epochs
-    baselines = dict(re.findall(r'\[(\w+)\]="?([^\s)"]+[^)"\[\n]*)', (COMPARE / "ablations.sh").read_text()))
+    baselines = dict(re.findall(r"\[(\w+)\]=([\w,.-]+)[ )\n]", (COMPARE / "ablations.sh").read_text()))
     assert baselines.keys() == {path.stem for path in ABLATIONS.glob("*.sh")}
     for block, values in baselines.items():
         by = re.search(r"--by ([a-z_ ]+) --paper", (ABLATIONS / f"{block}.sh").read_text())[1].split()
-        values = values.split()
+        values = values.split(",")
         assert len(values) == len(by), block
         rows = units(COMPARE / "ablations.sh", DATA_PATH="shapes", SEEDS="0", BLOCKS=block)
         rows = [get_parser().parse_args(words[4:]) for words in rows]
@@ -337,32 +338,49 @@ def test_shapes_of_other_settings_are_refused(quick, tmp_path):
 
 
 def test_units_at_one_time_have_gpus_of_their_own(quick, tmp_path, monkeypatch):
-    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: A (UUID: GPU-$i)"; done\n')
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    python = tmp_path / "python"
-    python.write_text(PYTHON.replace("case $1", 'echo "$CUDA_VISIBLE_DEVICES" >> "$DEVICES.$$"; sleep 0.1\ncase $1'))
+    for name, lines in (
+        ("nvidia-smi", 'for i in 0 1 2 3; do echo "GPU $i: A (UUID: GPU-$i)"; done'),
+        ("nproc", "echo 8"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    note = """start=$(date +%s.%N)
+    case $* in *seed0*) sleep 0.8 ;; *) sleep 0.1 ;; esac
+    [[ $* != *pretraining.py* ]] || echo "$start $(date +%s.%N) $CUDA_VISIBLE_DEVICES" > "$DEVICES.$$"
+    case $1"""
+    (tmp_path / "python").write_text(PYTHON.replace("case $1", note))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    on_path = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", EVALUATIONS="", SEEDS="0 1 2 3 4")
+    fixed = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", EVALUATIONS="", SEEDS="0 1 2 3 4 5 6")
 
-    def seen(**environment: str) -> set[str]:
-        devices = tmp_path / "devices"
-        result, _ = quick(
-            DEVICES=str(devices), OUTPUT_DIR=str(tmp_path / "".join(environment.values())), **on_path | environment
-        )
+    def seen(shared: bool = False, **environment: str) -> set[str]:
+        out = tmp_path / "-".join(environment.values())
+        result, _ = quick(DEVICES=f"{out}/devices", OUTPUT_DIR=str(out), **fixed | environment)
         assert result.returncode == 0, result.stdout + result.stderr
-        found = [path.read_text().strip() for path in tmp_path.glob("devices.*")]
-        for path in tmp_path.glob("devices.*"):
-            path.unlink()
-        assert len(found) == 6  # with the table's
-        return set(found) - {environment.get("CUDA_VISIBLE_DEVICES", "")}
+        runs = [path.read_text().strip().split(maxsplit=2) for path in out.glob("devices.*")]
+        assert len(runs) == 7
+        for (start, end, one), (other_start, _, other) in itertools.permutations(runs, 2):
+            if start <= other_start < end:  # at one time
+                assert shared or not set(one.split(",")) & set(other.split(",")), (one, other)
+        return {devices for _, _, devices in runs}
 
     assert seen(JOBS="2", GPUS="2") == {"0,1", "2,3"}
     assert seen(JOBS="3", GPUS="1") == {"0", "1", "2"}
     assert seen(JOBS="2", GPUS="1", CUDA_VISIBLE_DEVICES="5,GPU-7") == {"5", "GPU-7"}
-    assert seen(JOBS="2", GPUS="0") == seen(JOBS="1", GPUS="2") == set()  # as they are
-    result, calls = quick(JOBS="3", GPUS="2", OUTPUT_DIR="many", **on_path)
-    assert result.returncode == 2 and not calls
-    assert_names(result.stderr, "error: ", "JOBS=3", "GPUS=2", "4")
+    assert seen(JOBS="", GPUS="2") == {"0,1", "2,3"}  # as many as fit
+    assert seen(shared=True, JOBS="6", GPUS="1") == {"0", "1", "2", "3"}
+    for more in ({}, dict(LIST="1")):
+        result, calls = quick(JOBS="3", GPUS="2", OUTPUT_DIR="many", DATA_PATH="none", **fixed | more)
+        assert result.returncode == 2 and not calls and not (tmp_path / "none").exists()
+        assert_names(result.stderr, "error: ", "JOBS=3", "GPUS=2", "4")
+
+
+def test_flags_in_another_order_are_the_same_protocol(quick, tmp_path):
+    quick()
+    for path in tmp_path.glob("out/*/*/flags.txt"):
+        last = {line.split()[0]: line for line in path.read_text().splitlines()}  # of a flag counts
+        path.write_text("\n".join(["--epochs 99", *reversed(last.values())]) + "\n")
+    result, calls = quick()
+    assert result.returncode == 0 and len(calls) == 1, result.stdout
 
 
 def test_table_1_can_stand_beside_table_9_and_table_2_beside_table_1(quick):

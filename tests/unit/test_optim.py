@@ -291,10 +291,11 @@ def test_schedule_scales_each_group_and_decays_those_that_decay():
         assert [group["weight_decay"] for group in backend.optimizer.param_groups] == [decay, 0.0, decay]
 
 
-@pytest.mark.parametrize("amp", ["none", "fp16"])
-def test_training_continues_from_a_saved_state_as_if_never_stopped(amp):
+@pytest.mark.parametrize("opt, amp", [("adamw", "none"), ("adamw", "fp16"), ("lamb", "none"), ("adan", "none")])
+def test_training_continues_from_a_saved_state_as_if_never_stopped(opt, amp):
+    """lamb and adan count their steps in the groups of parameters."""
     x = torch.randn(6, 6, 3, generator=torch.Generator().manual_seed(2))
-    whole, first, second = (make_backend("adamw", amp=amp) for _ in range(3))
+    whole, first, second = (make_backend(opt, amp=amp) for _ in range(3))
     for backend in (whole, first):
         train(backend, x[0], scale=1e35)  # skipped; lowers the loss scale, which has to be restored too
     for batch in x:
