@@ -20,7 +20,8 @@ from datasets.transforms import spatial_crops
 from engine_for_finetuning import store_features
 from tests.helpers.runs import TINY, assert_names, finetuning_flags, naming
 from tools import convert_checkpoint, extract_features, predict
-from tools.trained import flags_of_weights
+from tools.trained import flags_of_weights, open_trained
+from utils import UsageError
 
 HERE = ["--device", "cpu", "--num_workers", "0"]
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -206,6 +207,16 @@ def test_the_shapes_of_weights_say_which_model_it_is():
 
 
 # ------------------------------------------------------------------------------------------------------ predictions
+
+
+def test_another_size_has_crops_that_fit(finetuned):
+    for given, sides in (({}, (32, 32)), ({"input_size": 48}, (48, 48)), ({"input_size": 24}, (32, 24))):
+        args, _, _ = open_trained(str(finetuned), argparse.Namespace(**given))
+        run_class_finetuning.check_flags(args)
+        assert (args.short_side_size, args.input_size) == sides
+    args, _, _ = open_trained(str(finetuned), argparse.Namespace(input_size=48, short_side_size=40))
+    with pytest.raises(UsageError, match=naming("--short_side_size 40", "--input_size 48")):
+        run_class_finetuning.check_flags(args)
 
 
 def predictions(capsys, *arguments) -> list[dict]:
