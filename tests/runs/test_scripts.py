@@ -114,7 +114,9 @@ def test_probes_have_the_defaults_of_probes_in_every_script(path, scale):
 
 
 def test_clean_removes_no_results(tmp_path):
-    commands = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = subprocess.run(
+        ["make", "-n", "--no-print-directory", "clean"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     kept = ["output/compare/a/checkpoint-1.pth", "output/ssv2_tats/log.txt", "datasets/lists.py"]
     removed = [".pytest_cache/x", "output/gpu/GPU.md", "datasets/__pycache__/a.pyc"]
     for name in [*kept, *removed]:
