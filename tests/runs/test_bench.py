@@ -97,8 +97,12 @@ def test_attention_refuses_a_naive_layer_that_disagrees(run_here, monkeypatch, c
 
 def test_peak_growth_is_the_largest_sum_alive_at_once():
     """In a process of its own: in one that has freed as much before, the peak is not seen."""
-    code = "call = lambda: [torch.ones(32, 2**20).sum() for _ in range(2)]; call(); print(peak_growth(call, torch.device('cpu')))"
-    command = [sys.executable, "-c", f"import torch; from common import peak_growth; {code}"]
+    code = (
+        "import torch; from common import peak_growth; "
+        "call = lambda: [torch.ones(32, 2**20).sum() for _ in range(2)]; "
+        "call(); print(peak_growth(call, torch.device('cpu')))"
+    )
+    command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=ROOT / "bench", capture_output=True, text=True)
     assert 128e6 < int(result.stdout) < 150e6, result.stderr
 
