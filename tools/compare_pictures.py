@@ -106,15 +106,16 @@ def draw_map(path: Path, found: dict[Quantity, dict[str, dict[tuple[str, str], P
         values = [[cells[y, x].difference if (y, x) in cells else float("nan") for x in columns] for y in lines]
         axes.imshow(values, cmap="RdBu_r" if quantity.least else "RdBu", vmin=-bound, vmax=bound, aspect="auto")
         for (y, x), result in cells.items():
-            text = f"{result.difference:+.3g}\n± {result.width:.2g}\n{result.pairs} pairs"
+            text = f"{result.difference:+.{quantity.digits}f}\n± {result.width:.2g}\n{result.pairs} pairs"
             pale = abs(result.difference) < 0.6 * bound
             axes.text(
                 columns.index(x), lines.index(y), text, ha="center", va="center", color="black" if pale else "white",
-                weight="bold" if result.verdict() != UNDECIDED else "normal", fontsize=9,
+                weight="bold" if result.verdict() != UNDECIDED else "normal", fontsize=8,
             )  # fmt: skip
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(lines)), [wrap(line) for line in lines])
-        axes.set(title=f"{wrap(method)}\n{wrap(quantity.title)} - {baseline}'s", xlabel="mask ratio")
+        axes.set_title(f"{wrap(method)}\n{wrap(quantity.title)}\n- {baseline}'s", fontsize=10)
+        axes.set_xlabel("mask ratio")
     finish(figure, path, {})
 
 

@@ -615,7 +615,7 @@ def test_the_map_has_a_cell_for_each_data_set_and_ratio(tmp_path, monkeypatch):
                     (source / "measures.json").write_text(json.dumps(measures))
     compare(tmp_path, tmp_path, "--baseline", "tube", pictures=True)
     axes, mean_val, measured = (axes for axes in figures["map"].axes if axes.has_data())  # none of the baseline
-    assert axes.get_title() == "random\nfine-tuning top-1 - tube's"
+    assert axes.get_title() == "random\nfine-tuning top-1\n- tube's"
     assert mean_val.get_title() == "random\nfine-tuning mean val - tube's"
     assert measured.get_title() == "random\nerror moving - tube's"
     np.testing.assert_allclose(measured.images[0].get_array().filled(np.nan), [[np.nan, 0.085], [np.nan, -0.005]])
@@ -623,7 +623,7 @@ def test_the_map_has_a_cell_for_each_data_set_and_ratio(tmp_path, monkeypatch):
     colours = [panel.images[0].to_rgba(panel.images[0].get_array())[0, 1] for panel in (axes, measured)]
     assert all(red > blue for red, _, blue, _ in colours)  # large at 0.9: behind in both, though the error's sign is +
     texts = {(text.get_position()[::-1], text.get_weight()): text.get_text().split("\n")[0] for text in axes.texts}
-    assert texts == {((1, 0), "bold"): "+19.5", ((1, 1), "normal"): "+0.5", ((0, 1), "bold"): "-8.5"}
+    assert texts == {((1, 0), "bold"): "+19.50", ((1, 1), "normal"): "+0.50", ((0, 1), "bold"): "-8.50"}
     for panel, places in ((axes, ["large/four", "small/four"]), (measured, ["large", "small"])):
         assert [label.get_text() for label in panel.get_yticklabels()] == places
     values = axes.images[0].get_array().filled(np.nan)
