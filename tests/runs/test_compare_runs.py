@@ -617,7 +617,7 @@ def test_the_map_has_a_cell_for_each_data_set_and_ratio(tmp_path, monkeypatch):
     axes, mean_val, measured = (axes for axes in figures["map"].axes if axes.has_data())  # none of the baseline
     assert axes.get_title() == "random\nfine-tuning top-1\n- tube's"
     assert mean_val.get_title() == "random\nfine-tuning mean val\n- tube's"
-    assert measured.get_title() == "random\nerror moving - tube's"
+    assert measured.get_title() == "random\nerror moving\n- tube's"
     np.testing.assert_allclose(measured.images[0].get_array().filled(np.nan), [[np.nan, 0.085], [np.nan, -0.005]])
     assert sorted(text.get_text().split("\n")[0] for text in measured.texts) == ["+0.085", "-0.005"]
     colours = [panel.images[0].to_rgba(panel.images[0].get_array())[0, 1] for panel in (axes, measured)]
